@@ -1,0 +1,259 @@
+//! The value of a merged tensor, block of rows by block of rows, rounded once.
+//!
+//! `docs/numerics.md` is the definition: widen exactly, apply the updates in order in f64, round once to
+//! the type of the output. An element that no delta touches keeps its bits, and so does one that is NaN
+//! or infinite in the base.
+
+use std::ops::Range;
+
+use super::method::{Update, Workspace};
+use crate::error::Result;
+use crate::linalg::Kernel;
+use crate::tensor::{Float, is_finite_at};
+
+/// An update on a range of rows of a matrix.
+pub struct Step {
+    /// The rows, in those of the whole matrix.
+    pub rows: Range<usize>,
+    /// What happens to them; counts rows from the first of `rows`.
+    pub update: Box<dyn Update>,
+}
+
+/// How one matrix is made from another.
+pub struct Recipe {
+    /// Columns of the matrix.
+    pub columns: usize,
+    /// Type of the source.
+    pub from: Float,
+    /// Type of the result.
+    pub to: Float,
+    /// What is applied, in order.
+    pub steps: Vec<Step>,
+}
+
+/// Sums over a block: added up in the order of the blocks, they do not depend on the threads.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sums {
+    /// Σ (value − base)², before rounding.
+    pub delta: f64,
+    /// Σ base².
+    pub base: f64,
+    /// Elements that came out NaN or infinite while the base is finite.
+    pub not_finite: u64,
+    /// The first of them: row and column.
+    pub first: Option<(usize, usize)>,
+    /// Elements that are NaN or infinite in the base.
+    pub base_not_finite: u64,
+}
+
+impl Sums {
+    /// Adds the sums of the next block.
+    pub fn add(&mut self, next: &Sums) {
+        self.delta += next.delta;
+        self.base += next.base;
+        self.not_finite += next.not_finite;
+        self.first = self.first.or(next.first);
+        self.base_not_finite += next.base_not_finite;
+    }
+}
+
+/// Memory of one thread.
+#[derive(Default)]
+pub struct Scratch {
+    base: Vec<f64>,
+    value: Vec<f64>,
+    workspace: Workspace,
+}
+
+impl Recipe {
+    /// Whether some step must see the whole source first.
+    pub fn surveys(&self) -> bool {
+        self.steps.iter().any(|step| step.update.surveys())
+    }
+
+    /// Shows the next rows of the source to the steps that asked for it.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    pub fn survey(&mut self, rows: Range<usize>, source: &[u8], kernel: &Kernel) -> Result<()> {
+        let mut base = vec![0.0; rows.len() * self.columns];
+        kernel.widen(self.from, source, &mut base);
+        for step in self.steps.iter_mut().filter(|step| step.update.surveys()) {
+            if let Some((local, within)) = overlap(&rows, &step.rows) {
+                let base = &base[within.start * self.columns..within.end * self.columns];
+                step.update.survey(local, base, kernel)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Evaluates the rows `rows`: `source` holds them in the source's type, `result` takes them.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    pub fn evaluate(
+        &self,
+        rows: Range<usize>,
+        source: &[u8],
+        result: &mut [u8],
+        scratch: &mut Scratch,
+        kernel: &Kernel,
+    ) -> Result<Sums> {
+        let count = rows.len() * self.columns;
+        let Scratch {
+            base,
+            value,
+            workspace,
+        } = scratch;
+        base.resize(count, 0.0);
+        kernel.widen(self.from, source, base);
+        value.clear();
+        value.extend_from_slice(base);
+        for step in &self.steps {
+            if let Some((local, within)) = overlap(&rows, &step.rows) {
+                let within = within.start * self.columns..within.end * self.columns;
+                step.update.apply(
+                    local,
+                    &base[within.clone()],
+                    &mut value[within],
+                    workspace,
+                    kernel,
+                )?;
+            }
+        }
+        kernel.narrow(self.to, value, result);
+        let mut sums = Sums::default();
+        for (index, row) in rows.enumerate() {
+            let range = index * self.columns..(index + 1) * self.columns;
+            self.keep_bits(row, range.clone(), source, result, base, value, &mut sums)?;
+            let (delta, square) = squares(&base[range.clone()], &value[range]);
+            sums.delta += delta;
+            sums.base += square;
+        }
+        Ok(sums)
+    }
+
+    /// Gives elements their bits back that must keep them, and counts what is not finite.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one row of five parallel buffers"
+    )]
+    fn keep_bits(
+        &self,
+        row: usize,
+        range: Range<usize>,
+        source: &[u8],
+        result: &mut [u8],
+        base: &mut [f64],
+        value: &mut [f64],
+        sums: &mut Sums,
+    ) -> Result<()> {
+        if !needs_care(&base[range.clone()], &value[range.clone()], self.to) {
+            return Ok(());
+        }
+        for (column, index) in range.enumerate() {
+            if !base[index].is_finite() {
+                sums.base_not_finite += 1;
+                self.copy_element(index, source, result);
+                // They have no part in the norms.
+                (base[index], value[index]) = (0.0, 0.0);
+            } else if is_negative_zero(base[index]) && value[index] == 0.0 {
+                if !self.touches(row, column)? {
+                    self.copy_element(index, source, result);
+                }
+            } else if !is_finite_at(self.to, result, index) {
+                sums.not_finite += 1;
+                sums.first = sums.first.or(Some((row, column)));
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_element(&self, index: usize, source: &[u8], result: &mut [u8]) {
+        let (from, to) = (self.from.size(), self.to.size());
+        let element = &source[index * from..(index + 1) * from];
+        let result = &mut result[index * to..(index + 1) * to];
+        if self.from == self.to {
+            result.copy_from_slice(element);
+        } else {
+            let mut value = [0.0];
+            crate::tensor::widen(self.from, element, &mut value);
+            crate::tensor::narrow(self.to, &value, result);
+        }
+    }
+
+    fn touches(&self, row: usize, column: usize) -> Result<bool> {
+        for step in self.steps.iter().filter(|step| step.rows.contains(&row)) {
+            if step.update.touches(row - step.rows.start, column)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// The rows that a block and a step share: counted from the step's first row, and from the block's.
+fn overlap(block: &Range<usize>, step: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+    let start = block.start.max(step.start);
+    let end = block.end.min(step.end);
+    (start < end).then(|| {
+        (
+            start - step.start..end - step.start,
+            start - block.start..end - block.start,
+        )
+    })
+}
+
+/// Whether a row holds an element that must be looked at one by one: a base that is not finite, a
+/// result that is not finite after rounding, or a −0 whose value came out as zero.
+#[inline]
+fn needs_care(base: &[f64], value: &[f64], to: Float) -> bool {
+    let limit = largest_before_overflow(to);
+    let mut care = false;
+    for (base, value) in base.iter().zip(value) {
+        let odd_base = !(base.abs() < f64::INFINITY);
+        let odd_value = !(value.abs() < limit);
+        let zero = (base.to_bits() == 1 << 63) & (*value == 0.0);
+        care |= odd_base | odd_value | zero;
+    }
+    care
+}
+
+/// The smallest magnitude that rounds to infinity: the tie above the largest finite value.
+fn largest_before_overflow(to: Float) -> f64 {
+    match to {
+        Float::F64 => f64::INFINITY,
+        Float::F32 => 2f64.powi(128) - 2f64.powi(103),
+        Float::BF16 => 2f64.powi(128) - 2f64.powi(119),
+        Float::F16 => 65520.0,
+    }
+}
+
+fn is_negative_zero(value: f64) -> bool {
+    value.to_bits() == 1 << 63
+}
+
+/// Σ (value − base)² and Σ base² in eight interleaved partial sums, an order that vectorises.
+#[inline]
+fn squares(base: &[f64], value: &[f64]) -> (f64, f64) {
+    let (mut deltas, mut bases) = ([0.0; 8], [0.0; 8]);
+    let (base_chunks, value_chunks) = (base.chunks_exact(8), value.chunks_exact(8));
+    for (index, (base, value)) in base_chunks
+        .remainder()
+        .iter()
+        .zip(value_chunks.remainder())
+        .enumerate()
+    {
+        let delta = value - base;
+        deltas[index] += delta * delta;
+        bases[index] += base * base;
+    }
+    for (base, value) in base_chunks.zip(value_chunks) {
+        for lane in 0..8 {
+            let delta = value[lane] - base[lane];
+            deltas[lane] += delta * delta;
+            bases[lane] += base[lane] * base[lane];
+        }
+    }
+    (deltas.iter().sum(), bases.iter().sum())
+}

@@ -1,0 +1,212 @@
+//! A matrix that lies in a file and is widened piece by piece, and the product of two of them.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ShapeBuilder};
+
+use crate::error::Result;
+use crate::linalg::{Kernel, LANES, Panels};
+use crate::tensor::{Float, Tensor, widen};
+
+/// A stored tensor seen as a matrix, perhaps transposed.
+#[derive(Clone, Debug)]
+pub struct Factor {
+    tensor: Tensor,
+    float: Float,
+    stored: (usize, usize),
+    transposed: bool,
+}
+
+impl Factor {
+    /// Sees a tensor as `rows` × (everything else).
+    ///
+    /// # Errors
+    /// [`crate::Reason::AdapterType`].
+    pub fn new(tensor: &Tensor, rows: usize) -> Result<Self> {
+        let columns = tensor.elements().checked_div(rows).unwrap_or(0);
+        let float = tensor.float()?;
+        Ok(Factor {
+            tensor: tensor.clone(),
+            float,
+            stored: (rows, columns),
+            transposed: false,
+        })
+    }
+
+    /// The transpose; nothing is moved.
+    pub fn t(mut self) -> Self {
+        self.transposed = !self.transposed;
+        self
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        if self.transposed {
+            self.stored.1
+        } else {
+            self.stored.0
+        }
+    }
+
+    /// Columns.
+    pub fn columns(&self) -> usize {
+        if self.transposed {
+            self.stored.0
+        } else {
+            self.stored.1
+        }
+    }
+
+    /// Whether products with another such factor are exact in f64.
+    pub fn is_narrow(&self) -> bool {
+        self.float != Float::F64
+    }
+
+    /// A rectangle of the matrix, widened.
+    ///
+    /// # Errors
+    /// Those of [`Tensor::bytes_of`].
+    pub fn block(&self, rows: Range<usize>, columns: Range<usize>) -> Result<Array2<f64>> {
+        let (outer, inner) = if self.transposed {
+            (columns, rows)
+        } else {
+            (rows, columns)
+        };
+        let (height, width) = (outer.len(), inner.len());
+        let mut values = vec![0.0; height * width];
+        let size = self.float.size();
+        for (line, values) in outer.zip(values.chunks_exact_mut(width.max(1))) {
+            let start = (line * self.stored.1 + inner.start) * size;
+            let bytes = self.tensor.bytes_of(start, width * size)?;
+            widen(self.float, &bytes, values);
+        }
+        let shape = match self.transposed {
+            false => (height, width).into_shape_with_order(),
+            true => (width, height).f(),
+        };
+        Ok(Array2::from_shape_vec(shape, values).expect("the shape has as many elements"))
+    }
+}
+
+/// `c · left · right`, evaluated by blocks of rows as `docs/numerics.md` defines.
+#[derive(Debug)]
+pub struct Product {
+    /// `None` stands for the 1 × 1 matrix of one.
+    left: Option<Factor>,
+    right: Factor,
+    packed: Option<Panels>,
+    c: f64,
+    exact_products: bool,
+}
+
+/// A factor larger than this is widened band by band instead of kept widened, in bytes.
+const PACKED_LIMIT: usize = 64 << 20;
+
+/// Columns of a band of a factor that is not kept widened.
+const BAND: usize = 64 * LANES;
+
+impl Product {
+    /// Prepares a product of rows × r and r × columns.
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn new(left: Factor, right: Factor, c: f64) -> Result<Self> {
+        debug_assert_eq!(left.columns(), right.rows());
+        let exact_products = left.is_narrow() && right.is_narrow();
+        Self::packed(Product {
+            left: Some(left),
+            right,
+            packed: None,
+            c,
+            exact_products,
+        })
+    }
+
+    /// Prepares `c` times a row: chains of one link, `fma(1, row[j], +0)`.
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn of_row(row: Factor, c: f64) -> Result<Self> {
+        debug_assert_eq!(row.rows(), 1);
+        Self::packed(Product {
+            left: None,
+            right: row,
+            packed: None,
+            c,
+            exact_products: true,
+        })
+    }
+
+    fn packed(mut product: Product) -> Result<Self> {
+        let (rank, columns) = (product.right.rows(), product.right.columns());
+        if rank.saturating_mul(columns).saturating_mul(8) <= PACKED_LIMIT {
+            product.packed = Some(product.pack(0..columns)?);
+        }
+        Ok(product)
+    }
+
+    /// The multiplier.
+    pub fn c(&self) -> f64 {
+        self.c
+    }
+
+    fn left_block(&self, rows: Range<usize>) -> Result<Array2<f64>> {
+        match &self.left {
+            Some(left) => left.block(rows, 0..left.columns()),
+            None => Ok(Array2::ones((rows.len(), 1))),
+        }
+    }
+
+    fn pack(&self, columns: Range<usize>) -> Result<Panels> {
+        let rank = self.right.rows();
+        let mut panels = Panels::new(rank, columns.len());
+        for first in columns.clone().step_by(BAND) {
+            let band = first..(first + BAND).min(columns.end);
+            let block = self.right.block(0..rank, band)?;
+            panels.pack(first - columns.start, block.view());
+        }
+        Ok(panels)
+    }
+
+    /// `value[i,j] = fma(c, acc, value[i,j])` for the rows of the block.
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn add(&self, rows: Range<usize>, value: &mut [f64], kernel: &Kernel) -> Result<()> {
+        let columns = self.right.columns();
+        let left = self.left_block(rows)?;
+        let left = left.as_standard_layout();
+        let left = left.as_slice().expect("standard layout");
+        if let Some(panels) = &self.packed {
+            kernel.add_low_rank(left, panels, self.c, self.exact_products, value, 0, columns);
+            return Ok(());
+        }
+        for first in (0..columns).step_by(BAND) {
+            let panels = self.pack(first..(first + BAND).min(columns))?;
+            kernel.add_low_rank(
+                left,
+                &panels,
+                self.c,
+                self.exact_products,
+                value,
+                first,
+                columns,
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether `c` times the chain of one element is not exactly zero.
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn touches(&self, row: usize, column: usize) -> Result<bool> {
+        let left = self.left_block(row..row + 1)?;
+        let right = self.right.block(0..self.right.rows(), column..column + 1)?;
+        let chain = left
+            .iter()
+            .zip(&right)
+            .fold(0.0, |acc: f64, (b, a)| b.mul_add(*a, acc));
+        Ok(chain != 0.0 && self.c != 0.0)
+    }
+}

@@ -1,0 +1,164 @@
+//! What an adapter asks of a method.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use super::module::{Module, Role};
+use crate::error::Result;
+use crate::linalg::Kernel;
+
+/// The mathematics of one kind of adapter. The shelf `methods` implements it, one file each.
+pub trait Method: Sync + Debug {
+    /// Its name in the field.
+    fn name(&self) -> &'static str;
+
+    /// The tensors it is made of, each with its customary suffix.
+    fn roles(&self) -> &'static [RoleUse];
+
+    /// Whether its delta adds up with others, or needs its place in the order.
+    fn order(&self) -> Order;
+
+    /// Checks that the shapes of a module agree with each other.
+    ///
+    /// # Errors
+    /// [`crate::Reason::FactorShape`].
+    fn check(&self, module: &Module) -> Result<()>;
+
+    /// The layer that the parameters are made for, as far as they tell.
+    fn extent(&self, module: &Module) -> Extent;
+
+    /// The inner dimension of the parameters, where there is one.
+    fn rank(&self, module: &Module) -> Option<usize>;
+
+    /// Whether it changes the layer's bias as well.
+    fn bias(&self, module: &Module) -> BiasUse;
+
+    /// What it does to one tensor of the base, ready to be applied to blocks of rows.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>>;
+}
+
+/// A role with its customary suffix in files.
+#[derive(Clone, Copy, Debug)]
+pub struct RoleUse {
+    /// What the tensor is.
+    pub role: Role,
+    /// How it is usually spelled after the module path.
+    pub suffix: &'static str,
+    /// Whether a module without it is broken.
+    pub required: bool,
+}
+
+/// How a method combines with others on one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Its delta does not depend on the weight: any number add up in one rounding.
+    Additive,
+    /// It transforms the weight: adapters apply in the order given.
+    Sequential,
+}
+
+/// Features of the layer that a module is made for; `None` where its parameters do not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Output features.
+    pub outputs: Option<usize>,
+    /// Input features, times the kernel size where `kernel` says so.
+    pub inputs: Option<usize>,
+    /// Whether `inputs` counts each element of a convolution's kernel.
+    pub with_kernel: bool,
+}
+
+/// Whether a method changes the bias of its layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BiasUse {
+    /// It does not.
+    No,
+    /// It does if there is one.
+    IfPresent,
+    /// It does, and there must be one.
+    Required,
+}
+
+/// The tensor of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The weight.
+    Weight,
+    /// The bias: one row of outputs.
+    Bias,
+}
+
+/// Which axis of the stored matrix is which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Orientation {
+    /// Rows are outputs: Linear, convolutions (inputs and kernel flattened to columns).
+    OutputsFirst,
+    /// Rows are inputs: GPT-2's Conv1D, embeddings.
+    InputsFirst,
+}
+
+/// A stored tensor, or a slice of its rows, seen as a matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Weight or bias.
+    pub part: Part,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// Which axis is which.
+    pub orientation: Orientation,
+    /// Elements per input along the input axis (the kernel size of a convolution, otherwise 1).
+    pub kernel: usize,
+}
+
+/// What one module does to one matrix, block of rows by block of rows.
+///
+/// Row numbers are those of the matrix in [`Geometry`]; a block holds whole rows.
+pub trait Update: Send + Sync {
+    /// Whether [`Update::survey`] must see the whole base before anything is applied.
+    fn surveys(&self) -> bool {
+        false
+    }
+
+    /// Sees the base, rows ascending, once.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn survey(&mut self, _rows: Range<usize>, _base: &[f64], _kernel: &Kernel) -> Result<()> {
+        Ok(())
+    }
+
+    /// Changes `value`, the rows as the updates before this one left them; `base` holds the rows as
+    /// they were.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn apply(
+        &self,
+        rows: Range<usize>,
+        base: &[f64],
+        value: &mut [f64],
+        workspace: &mut Workspace,
+        kernel: &Kernel,
+    ) -> Result<()>;
+
+    /// Whether the delta of an element is not exactly zero. Asked only where the base is −0 and the
+    /// value came out as zero, because a delta of zero must leave even the sign alone.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn touches(&self, _row: usize, _column: usize) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+/// Memory that a thread keeps between blocks.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    /// A copy of the block, for methods that need an intermediate matrix.
+    pub matrix: Vec<f64>,
+}

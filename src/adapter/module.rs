@@ -1,0 +1,167 @@
+//! One adapted layer.
+
+use super::method::Method;
+use crate::error::{Error, Reason, Result};
+use crate::tensor::Tensor;
+
+/// What a tensor is to its method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// LoRA's A, r × in: maps inputs to the rank.
+    Down,
+    /// LoRA's B, out × r: maps the rank to outputs.
+    Up,
+    /// What LoRA adds to the bias, one value per output.
+    Bias,
+    /// DoRA's norms, one per output.
+    Magnitude,
+    /// IA3's factors on inputs.
+    InputScale,
+    /// IA3's factors on outputs.
+    OutputScale,
+}
+
+impl Role {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Down => "down",
+            Role::Up => "up",
+            Role::Bias => "bias",
+            Role::Magnitude => "magnitude",
+            Role::InputScale => "input scale",
+            Role::OutputScale => "output scale",
+        }
+    }
+}
+
+/// What kind of layer a module says it adapts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// Linear, Conv1D or convolution: the base's shape decides.
+    Dense,
+    /// An embedding, whose weight is stored input first.
+    Embedding,
+}
+
+/// α/r (or α/√r), with what it is made of. Part of the adapter, unlike the user's strength.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Scale {
+    /// The multiplier of the delta.
+    pub value: f64,
+    /// The stored numerator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// The rank that the scale is computed with: the configuration's, not the tensor's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
+    /// Whether the rank enters by its square root (rsLoRA).
+    pub root: bool,
+}
+
+impl Scale {
+    /// The scale of a method that has none.
+    pub const ONE: Scale = Scale {
+        value: 1.0,
+        alpha: None,
+        rank: None,
+        root: false,
+    };
+
+    /// α/r, or α/√r for rsLoRA.
+    pub fn of(alpha: f64, rank: usize, root: bool) -> Self {
+        let divisor = if root {
+            (rank as f64).sqrt()
+        } else {
+            rank as f64
+        };
+        Scale {
+            value: alpha / divisor,
+            alpha: Some(alpha),
+            rank: Some(rank),
+            root,
+        }
+    }
+}
+
+/// One adapted layer: a path, a method, its parameters and its scale.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// Dotted path in the model that was trained.
+    pub path: String,
+    /// The mathematics.
+    pub method: &'static dyn Method,
+    /// The tensors, by role.
+    pub parameters: Vec<(Role, Tensor)>,
+    /// The adapter's own multiplier.
+    pub scale: Scale,
+    /// What it says it adapts.
+    pub layer: Layer,
+}
+
+impl Module {
+    /// Makes a module after checking roles and shapes, so that an invalid one cannot exist.
+    ///
+    /// # Errors
+    /// [`Reason::RoleMissing`], or what the method finds wrong with the shapes.
+    pub fn new(
+        path: String,
+        method: &'static dyn Method,
+        parameters: Vec<(Role, Tensor)>,
+        scale: Scale,
+        layer: Layer,
+    ) -> Result<Self> {
+        let module = Module {
+            path,
+            method,
+            parameters,
+            scale,
+            layer,
+        };
+        for role in method.roles().iter().filter(|role| role.required) {
+            if module.get(role.role).is_none() {
+                let reason = Reason::RoleMissing {
+                    role: role.role.name(),
+                    suffix: role.suffix.to_owned(),
+                };
+                return Err(module.error(reason));
+            }
+        }
+        for (role, tensor) in &module.parameters {
+            tensor.float()?;
+            if !method.roles().iter().any(|known| known.role == *role) {
+                let problem = format!("{} does not define a {}", method.name(), role.name());
+                return Err(module.error(Reason::FactorShape { problem }));
+            }
+        }
+        method.check(&module)?;
+        Ok(module)
+    }
+
+    /// The tensor in a role.
+    pub fn get(&self, role: Role) -> Option<&Tensor> {
+        self.parameters
+            .iter()
+            .find(|(name, _)| *name == role)
+            .map(|(_, tensor)| tensor)
+    }
+
+    /// The tensor in a role that the method requires.
+    pub fn require(&self, role: Role) -> Result<&Tensor> {
+        self.get(role).ok_or_else(|| {
+            self.error(Reason::RoleMissing {
+                role: role.name(),
+                suffix: role.name().to_owned(),
+            })
+        })
+    }
+
+    /// An error about this module.
+    pub fn error(&self, reason: Reason) -> Error {
+        let error = Error::new(reason).on(&*self.path);
+        match self.parameters.first() {
+            Some((_, tensor)) => error.in_file(tensor.input.path()),
+            None => error,
+        }
+    }
+}

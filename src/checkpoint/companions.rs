@@ -1,0 +1,210 @@
+//! The files beside the weights that a copy of a model needs.
+//!
+//! An allow-list: a folder may also hold what must not be published with the result (keys, logs,
+//! notebooks, other weights). What is left behind is reported.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::index::is_plain_file_name;
+use crate::error::{Error, Reason, Result};
+use crate::json::{Document, Value};
+use crate::mapped::Input;
+
+/// A file that is copied.
+pub struct Companion {
+    /// Its path in the folder, with `/`.
+    pub name: String,
+    /// The file.
+    pub input: Arc<Input>,
+}
+
+/// What a folder holds beside the weights.
+#[derive(Default)]
+pub struct Companions {
+    /// Copied.
+    pub copied: Vec<Companion>,
+    /// Left behind.
+    pub left: Vec<String>,
+}
+
+/// Largest companion; a tokenizer has some tens of megabytes.
+const LIMIT: u64 = 2 << 30;
+
+/// Names that are copied.
+const NAMES: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "normalizer.json",
+    "tekken.json",
+    "params.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "sentence_xlnet_config.json",
+    "config_sentence_transformers.json",
+    "quant_strategy.json",
+    "label_map.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "LICENCE",
+    "NOTICE",
+    "NOTICE.txt",
+    "COPYING",
+    "USE_POLICY.md",
+];
+
+/// Code that some models need to load, by prefix; all end in `.py`.
+const CODE: &[&str] = &[
+    "configuration_",
+    "modeling_",
+    "tokenization_",
+    "processing_",
+    "image_processing_",
+    "feature_extraction_",
+    "video_processing_",
+    "generation_",
+];
+
+/// Files of the weights themselves, which are neither copied nor worth a line.
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+}
+
+fn is_companion(name: &str) -> bool {
+    NAMES.contains(&name)
+        || name.ends_with(".tiktoken")
+        || name.ends_with(".jinja")
+        || name.ends_with(".py") && CODE.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Lists and opens the companions of a checkpoint's folder.
+///
+/// # Errors
+/// What listing the folder and opening the files gives; [`Reason::FileTooLarge`].
+pub fn companions(folder: &Path) -> Result<Companions> {
+    let mut found = Companions::default();
+    let mut folders = Vec::new();
+    for (name, path) in entries(folder)? {
+        if path.is_dir() {
+            folders.push((name, path));
+        } else if is_companion(&name) {
+            found.copy(name, &path)?;
+        } else if !is_weights(&name) {
+            found.left.push(name);
+        }
+    }
+    let parts = sentence_transformer_parts(folder)?;
+    for (name, path) in folders {
+        // A part of a sentence-transformers pipeline, or chat templates: small files only.
+        if parts.contains(&name) || name == "chat_templates" {
+            for (file, path) in entries(&path)? {
+                let name = format!("{name}/{file}");
+                let wanted = [".json", ".safetensors", ".txt", ".model", ".jinja"];
+                if path.is_dir() || !wanted.iter().any(|end| file.ends_with(end)) {
+                    found.left.push(name);
+                } else {
+                    found.copy(name, &path)?;
+                }
+            }
+        } else {
+            found.left.push(format!("{name}/"));
+        }
+    }
+    Ok(found)
+}
+
+impl Companions {
+    fn copy(&mut self, name: String, path: &Path) -> Result<()> {
+        let input = Arc::new(Input::open(path)?);
+        if input.len() > LIMIT {
+            let reason = Reason::FileTooLarge {
+                bytes: input.len(),
+                limit: LIMIT,
+            };
+            return Err(Error::new(reason).in_file(path));
+        }
+        self.copied.push(Companion { name, input });
+        Ok(())
+    }
+}
+
+/// Entries of a folder by name, hidden ones left out.
+fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let fail = |e| Error::io(Reason::Read, e).in_file(folder);
+    let mut entries = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(fail)? {
+        let entry = entry.map_err(fail)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !name.starts_with('.') {
+            entries.push((name, entry.path()));
+        }
+    }
+    entries.sort();
+    Ok(entries)
+}
+
+/// Sub-folders that `modules.json` of a sentence-transformers model names.
+fn sentence_transformer_parts(folder: &Path) -> Result<Vec<String>> {
+    let path = folder.join("modules.json");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    // It is a list, so it is wrapped to be read as an object.
+    let bytes = Input::open(&path)?.read_all(1 << 20)?;
+    let wrapped = [b"{\"modules\":".as_slice(), bytes.trim_ascii(), b"}"].concat();
+    let object = crate::json::parse_object(&wrapped, 10_000).map_err(|e| e.in_file(&path))?;
+    let Some(Value::Array(modules)) = object.get("modules") else {
+        return Ok(Vec::new());
+    };
+    let part = |module: &Value| module.as_object()?.get("path")?.as_str().map(str::to_owned);
+    Ok(modules
+        .iter()
+        .filter_map(part)
+        .filter(|path| is_plain_file_name(path))
+        .collect())
+}
+
+/// Whether a folder brings a tokenizer.
+pub fn has_tokenizer(folder: &Path) -> bool {
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+    ]
+    .iter()
+    .any(|name| folder.join(name).exists())
+}
+
+/// The bytes of a small file.
+///
+/// # Errors
+/// As [`Input::read_all`].
+pub fn text_of(document: &Document) -> Result<Vec<u8>> {
+    document.input.read_all(64 << 20)
+}

@@ -1,0 +1,65 @@
+//! Files that are recognised so that the refusal can name them.
+//!
+//! The containers here cannot be read yet; each will move to a file of its own when it can.
+
+use std::sync::Arc;
+
+use super::{Container, Directory};
+use crate::error::{Error, Reason, Result};
+use crate::mapped::Input;
+
+/// What a file is, if it is plainly no file of tensors at all.
+pub(super) fn not_a_tensor_file(head: &[u8]) -> Option<Reason> {
+    let text = head.trim_ascii_start();
+    let starts =
+        |with: &[u8]| text.len() >= with.len() && text[..with.len()].eq_ignore_ascii_case(with);
+    if head.is_empty() {
+        Some(Reason::Empty)
+    } else if head.starts_with(b"version https://git-lfs.github.com/spec/") {
+        Some(Reason::LfsPointer)
+    } else if starts(b"<!doctype html") || starts(b"<html") || starts(b"<?xml") {
+        Some(Reason::Html)
+    } else if head.first() == Some(&b'{') {
+        // A safetensors file whose length starts with the byte of `{` would have a header of 123
+        // bytes modulo 256; its ninth byte is `{` as well, which no JSON text has there by chance
+        // often enough to matter. Both are asked.
+        let binary = head.len() >= 9 && head[8] == b'{' && head[3..8].contains(&0);
+        (!binary).then_some(Reason::Json)
+    } else {
+        None
+    }
+}
+
+/// Declares a container that is recognised by its first bytes and refused by name.
+macro_rules! recognised {
+    ($($(#[$doc:meta])* $type:ident $name:literal $magic:expr;)*) => {$(
+        $(#[$doc])*
+        pub(super) struct $type;
+
+        impl Container for $type {
+            fn name(&self) -> &'static str {
+                $name
+            }
+
+            fn detects(&self, head: &[u8], _length: u64) -> bool {
+                let magic: &[&[u8]] = &$magic;
+                magic.iter().any(|magic| head.starts_with(magic))
+            }
+
+            fn open(&self, _input: Arc<Input>) -> Result<Directory> {
+                Err(Error::new(Reason::Container { name: $name }))
+            }
+        }
+    )*};
+}
+
+recognised! {
+    /// `torch.save` since 1.6, and `.npz`: a zip archive.
+    TorchZip "zip archive (torch checkpoint or npz)" [b"PK\x03\x04", b"PK\x05\x06"];
+    /// `torch.save` before 1.6: pickle protocol 2 to 5.
+    LegacyPickle "pickle (old torch checkpoint)" [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"];
+    /// One numpy array.
+    Numpy "numpy array" [b"\x93NUMPY"];
+    /// llama.cpp's format.
+    Gguf "GGUF file" [b"GGUF"];
+}

@@ -1,0 +1,99 @@
+//! How named tensors lie in bytes. A container has never heard of adapters.
+//!
+//! [`CONTAINERS`] is the only list: the bytes of a file, never its name, decide which one opens it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, Reason, Result};
+use crate::mapped::Input;
+use crate::tensor::Tensor;
+
+mod foreign;
+pub mod safetensors;
+
+/// A kind of file that holds named tensors.
+pub trait Container: Sync {
+    /// Its name in the field.
+    fn name(&self) -> &'static str;
+
+    /// Whether a file of `length` bytes that starts with `head` (at most 512 bytes) is of this kind.
+    fn detects(&self, head: &[u8], length: u64) -> bool;
+
+    /// Reads the directory of tensors, checking every claim of the file against its length.
+    ///
+    /// # Errors
+    /// What the bytes get wrong, with the tensor in question.
+    fn open(&self, input: Arc<Input>) -> Result<Directory>;
+}
+
+/// Every container, in the order they are asked.
+pub static CONTAINERS: &[&dyn Container] = &[
+    &foreign::TorchZip,
+    &foreign::LegacyPickle,
+    &foreign::Numpy,
+    &foreign::Gguf,
+    &safetensors::Safetensors,
+];
+
+/// What a container says about its content.
+#[derive(Debug, Default)]
+pub struct Directory {
+    /// Tensors by ascending offset, equal offsets by name.
+    pub tensors: Vec<Tensor>,
+    /// Metadata in file order.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// An open file of tensors.
+pub struct TensorFile {
+    /// The file.
+    pub input: Arc<Input>,
+    /// The kind of file.
+    pub container: &'static dyn Container,
+    /// Tensors and metadata.
+    pub directory: Directory,
+}
+
+impl TensorFile {
+    /// Opens a file by what its first bytes are.
+    ///
+    /// # Errors
+    /// [`Reason::Open`], [`Reason::NotARegularFile`], the container's own, or what the file is instead:
+    /// empty, a Git LFS pointer, a web page, a JSON text.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::of(Arc::new(Input::open(path)?))
+    }
+
+    /// Opens a file that is open already.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`].
+    pub fn of(input: Arc<Input>) -> Result<Self> {
+        let mut head = vec![0; input.len().min(512) as usize];
+        input.read_at(&mut head, 0)?;
+        if let Some(reason) = foreign::not_a_tensor_file(&head) {
+            return Err(Error::new(reason).in_file(input.path()));
+        }
+        let container = *CONTAINERS
+            .iter()
+            .find(|container| container.detects(&head, input.len()))
+            .ok_or_else(|| Error::new(Reason::UnknownContainer).in_file(input.path()))?;
+        let directory = container
+            .open(input.clone())
+            .map_err(|e| e.in_file(input.path()))?;
+        Ok(TensorFile {
+            input,
+            container,
+            directory,
+        })
+    }
+
+    /// The tensor of a name.
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.directory
+            .tensors
+            .iter()
+            .find(|tensor| tensor.name == name)
+    }
+}

@@ -1,0 +1,397 @@
+//! What can go wrong, where, and who has to act.
+//!
+//! An [`Error`] is a [`Reason`] with a place (file, and tensor, key or field), the whole list of
+//! cases where there are several, and a hint. The reasons are one table, grouped by [`Kind`]; a kind
+//! is what a caller can act on, and what the command line maps to its exit code.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::printable::printable;
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Something that failed: reason, place, cases and hint.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    reason: Reason,
+    file: Option<PathBuf>,
+    item: Option<String>,
+    cases: Vec<String>,
+    hint: Option<String>,
+    source: Option<std::io::Error>,
+}
+
+/// Who has to act, and therefore the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// The call itself is wrong (exit code 2).
+    Usage,
+    /// The operating system refused to read or write (3).
+    Io,
+    /// A file is not what its bytes claim to be (4).
+    Malformed,
+    /// A file is sound, but holds something that is not supported (5).
+    Unsupported,
+    /// Parts that should agree do not: shapes, types, adapter and base (6).
+    Mismatch,
+    /// A module or tensor of the adapter has no place in the base (7).
+    Unresolved,
+    /// A stated limit was reached (8).
+    Limit,
+    /// The output cannot be written there (9).
+    Output,
+    /// The result would hold a NaN or an infinity that the base did not hold (10).
+    NonFinite,
+    /// An input changed while it was being read (11).
+    Changed,
+    /// The run was interrupted; nothing changed (12).
+    Interrupted,
+}
+
+impl Kind {
+    /// The process exit code that stands for this kind.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Kind::Usage => 2,
+            Kind::Io => 3,
+            Kind::Malformed => 4,
+            Kind::Unsupported => 5,
+            Kind::Mismatch => 6,
+            Kind::Unresolved => 7,
+            Kind::Limit => 8,
+            Kind::Output => 9,
+            Kind::NonFinite => 10,
+            Kind::Changed => 11,
+            Kind::Interrupted => 12,
+        }
+    }
+
+    /// The name of the kind in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Usage => "usage",
+            Kind::Io => "io",
+            Kind::Malformed => "malformed",
+            Kind::Unsupported => "unsupported",
+            Kind::Mismatch => "mismatch",
+            Kind::Unresolved => "unresolved",
+            Kind::Limit => "limit",
+            Kind::Output => "output",
+            Kind::NonFinite => "non-finite",
+            Kind::Changed => "changed",
+            Kind::Interrupted => "interrupted",
+        }
+    }
+
+    /// Every kind, in the order of the exit codes.
+    pub const ALL: &'static [Kind] = &[
+        Kind::Usage,
+        Kind::Io,
+        Kind::Malformed,
+        Kind::Unsupported,
+        Kind::Mismatch,
+        Kind::Unresolved,
+        Kind::Limit,
+        Kind::Output,
+        Kind::NonFinite,
+        Kind::Changed,
+        Kind::Interrupted,
+    ];
+}
+
+/// Makes [`Reason`], its texts and its kinds from one table.
+macro_rules! reasons {
+    ($( $kind:ident { $( $name:ident $({ $($field:ident : $type:ty),* })? => $text:literal, )* } )*) => {
+        /// Why something failed; the texts are fragments that read well after "file: place: ".
+        #[derive(Debug)]
+        #[non_exhaustive]
+        #[allow(missing_docs, reason = "the text beside each name says it")]
+        pub enum Reason { $($( $name $({ $($field: $type),* })?, )*)* }
+
+        impl Reason {
+            /// Who has to act.
+            pub fn kind(&self) -> Kind {
+                match self { $($( Reason::$name $({ $($field: _),* })? => Kind::$kind, )*)* }
+            }
+        }
+
+        impl fmt::Display for Reason {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self { $($( Reason::$name $({ $($field),* })? => write!(f, $text), )*)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    Usage {
+        NoAdapter => "no adapter was given",
+        BadPattern { pattern: String, problem: String } => "the pattern `{pattern}` is not a regular expression: {problem}",
+        NothingSelected => "no module of the adapter is selected",
+        StrengthNotFinite { strength: f64 } => "strength must be a finite number, not {strength}",
+        BadSize { text: String } => "`{text}` is not a size such as 5GB or 512MiB",
+        BadOption { text: String, problem: String } => "`{text}`: {problem}",
+        ThreadPool { problem: String } => "cannot start the worker threads: {problem}",
+    }
+    Io {
+        Open => "cannot open",
+        Read => "cannot read",
+        Write => "cannot write",
+        Create => "cannot create",
+        Sync => "cannot make durable",
+        Rename => "cannot move into place",
+        Inspect => "cannot look at",
+        Lock => "cannot lock",
+    }
+    Malformed {
+        Empty => "the file is empty",
+        LfsPointer => "this is a Git LFS pointer, not the file that it stands for",
+        Html => "this is a web page, not a model file",
+        Json => "this is a JSON text, not a file of tensors",
+        UnknownContainer => "no known kind of tensor file starts with these bytes",
+        HeaderCut { length: u64 } => "the file ends after {length} bytes, before its header does",
+        HeaderBeyondFile { header: u64, length: u64 } => "the header claims {header} bytes, the whole file has {length}",
+        HeaderStart => "the header does not start with `{{`",
+        NotJson { problem: String } => "not valid JSON: {problem}",
+        NotUtf8 { at: usize } => "not valid UTF-8 at byte {at}",
+        DuplicateKey { key: String } => "the key `{key}` appears twice",
+        NotAnObject => "expected a JSON object",
+        FieldType { expected: &'static str } => "expected {expected}",
+        FieldMissing { field: &'static str } => "the field `{field}` is missing",
+        FieldValue { problem: String } => "{problem}",
+        ShapeOverflow { shape: Vec<usize> } => "the shape {shape:?} overflows the address space",
+        OffsetsReversed { start: u64, end: u64 } => "the data offsets [{start}, {end}] run backwards",
+        OffsetsBeyondFile { end: u64, length: u64 } => "the data ends at {end}, but the file has only {length} bytes of data",
+        SizeMismatch { expected: u64, found: u64 } => "shape and type need {expected} bytes, the data offsets span {found}",
+        PartialByte { shape: Vec<usize> } => "the shape {shape:?} does not fill whole bytes",
+        Overlap { other: String } => "its data overlap those of `{other}`",
+        Hole { start: u64, end: u64 } => "the bytes {start} to {end} of the data belong to no tensor",
+        TrailingBytes { count: u64 } => "{count} bytes follow the last tensor",
+        EmptyName => "a tensor has an empty name",
+        NoTensors => "the file holds no tensor",
+        ShardName { name: String } => "the index names the shard `{name}`, which is not a plain file name",
+        ShardMissing { name: String } => "the index names the shard `{name}`, which is not there",
+        NotInShard { shard: String } => "the index places it in `{shard}`, which does not hold it",
+        NotInIndex { shard: String } => "`{shard}` holds it, but the index does not name it",
+        TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
+        NoAdapterConfig => "there is no `adapter_config.json` beside the weights",
+        NoAdapterWeights => "the folder holds an `adapter_config.json` but no `adapter_model.safetensors`",
+        RoleMissing { role: &'static str, suffix: String } => "the {role} factor (`{suffix}`) is missing",
+        UnknownKeys { count: usize } => "{count} keys are not understood",
+        FactorShape { problem: String } => "{problem}",
+    }
+    Unsupported {
+        NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
+        Container { name: &'static str } => "this is a {name}, which cannot be read yet",
+        Format { name: &'static str } => "this adapter is spelled as {name}, which can be inspected but not merged yet",
+        FormatUnknown => "the spelling of this adapter is not recognised",
+        NotAnAdapter => "this is a full checkpoint, not an adapter",
+        Method { name: String } => "the method {name} is not supported",
+        ConfigField { field: String, value: String, why: &'static str } => "`{field}` is {value}: {why}",
+        UnknownConfigField { field: String, value: String } => "the field `{field}` ({value}) is unknown and may change the result",
+        Initialisation { value: String, why: &'static str } => "`init_lora_weights` is {value}: {why}",
+        QuantisedBase { how: String } => "the base is quantised ({how}); merge into the 16-bit original instead",
+        TensorType { dtype: String } => "tensors of type {dtype} cannot be merged into",
+        AdapterType { dtype: String } => "adapter tensors of type {dtype} are not supported",
+        BothLayouts => "both `model.safetensors` and an index are there, and they disagree",
+        NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
+        OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
+        PatternLookAround { pattern: String } => "the pattern `{pattern}` needs more steps than its limit allows",
+        ReplicationTwice => "several adapters with layer replication cannot be merged together",
+        GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
+        MethodOnTarget { method: &'static str, what: &'static str } => "{method} on {what} is not supported",
+        ConvertType { dtype: String } => "tensors of type {dtype} cannot be converted",
+    }
+    Mismatch {
+        Shape { adapter: String, base: String } => "the adapter is for a weight of {adapter}, the base has {base}",
+        NoBias => "the adapter changes its bias, but the base has none",
+        ReplacementShape { adapter: Vec<usize>, base: Vec<usize> } => "the adapter replaces it with shape {adapter:?}, the base has {base:?}",
+        TwoReplacements { first: String, second: String } => "`{first}` and `{second}` replace it differently",
+        TokenRow { row: usize, rows: usize } => "token {row} is out of range: the embedding has {rows} rows",
+        TokenCount { indices: usize, rows: usize } => "{indices} token indices, but {rows} rows of values",
+        ReplicationRange { first: usize, last: usize, layers: usize } => "layer replication asks for layers {first}..{last}, the base has {layers}",
+        SwappedArguments => "the base is an adapter and the adapter is a checkpoint: the two are swapped",
+        BaseIsAdapter => "the base is an adapter, not a checkpoint",
+        NameTaken { name: String } => "the result would hold two tensors named `{name}`",
+    }
+    Unresolved {
+        Modules { count: usize } => "{count} parts of the adapter have no place in the base",
+        Ambiguous { count: usize } => "{count} parts of the adapter fit several tensors of the base",
+    }
+    Limit {
+        HeaderTooLarge { bytes: u64, limit: u64 } => "the header has {bytes} bytes, the limit is {limit}",
+        FileTooLarge { bytes: u64, limit: u64 } => "{bytes} bytes, the limit is {limit}",
+        TooDeep { limit: usize } => "nested deeper than {limit} levels",
+        TooMany { what: &'static str, limit: usize } => "more than {limit} {what}",
+        NameTooLong { bytes: usize, limit: usize } => "a name of {bytes} bytes, the limit is {limit}",
+        PatternTooLarge { pattern: String } => "the pattern `{pattern}` is too large to compile",
+        OutputHeaderTooLarge { bytes: u64 } => "the header of the output would have {bytes} bytes, more than readers accept",
+        TooManyPatternSteps { pattern: String } => "matching the pattern `{pattern}` takes too many steps",
+    }
+    Output {
+        Exists => "it is there already",
+        IsInput { input: String } => "it is the input {input}",
+        InsideInput { input: String } => "it lies inside the input {input}",
+        ContainsInput { input: String } => "it contains the input {input}",
+        IsLink => "it is a symbolic link; nothing is written through a link",
+        WrongKind { found: &'static str, wanted: &'static str } => "it is {found}, the result is {wanted}",
+        NotACheckpoint => "the folder that would be replaced does not look like a checkpoint",
+        NoParent => "the folder that should hold it does not exist",
+        NotWritable => "the folder that should hold it cannot be written to",
+        NoSpace { needed: u64, free: u64 } => "{needed} bytes are needed, {free} are free",
+        Busy => "another run is writing it",
+        Appeared => "it was created by somebody else during the run; the result was discarded",
+        BadName => "it has no usable file name",
+    }
+    NonFinite {
+        ValuesNotFinite { count: u64, first: String } => "{count} values of the result are NaN or infinite where the base is finite, the first at {first}",
+        AlphaNotFinite { value: String } => "alpha is {value}",
+        FactorNotFinite { count: u64 } => "{count} values are NaN or infinite",
+    }
+    Changed {
+        InputChanged => "the file changed while it was being read",
+        InputShrank { wanted: u64, length: u64 } => "the file shrank while it was being read: byte {wanted} was wanted, {length} are left",
+    }
+    Interrupted {
+        Stopped => "interrupted; nothing was changed",
+    }
+}
+
+impl Error {
+    /// An error without a place yet.
+    pub fn new(reason: Reason) -> Self {
+        Error(Box::new(Inner {
+            reason,
+            file: None,
+            item: None,
+            cases: Vec::new(),
+            hint: None,
+            source: None,
+        }))
+    }
+
+    /// An error of the operating system.
+    pub fn io(reason: Reason, source: std::io::Error) -> Self {
+        let mut error = Error::new(reason);
+        error.0.source = Some(source);
+        error
+    }
+
+    /// Names the file, unless one is named already.
+    pub fn in_file(mut self, file: impl AsRef<Path>) -> Self {
+        self.0.file.get_or_insert_with(|| file.as_ref().to_owned());
+        self
+    }
+
+    /// Names the tensor, key, field or module, unless one is named already.
+    pub fn on(mut self, item: impl Into<String>) -> Self {
+        self.0.item.get_or_insert_with(|| item.into());
+        self
+    }
+
+    /// Lists all cases that the reason counts.
+    pub fn with_cases(mut self, cases: Vec<String>) -> Self {
+        self.0.cases = cases;
+        self
+    }
+
+    /// Says what to do next.
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// Why it failed.
+    pub fn reason(&self) -> &Reason {
+        &self.0.reason
+    }
+
+    /// Who has to act.
+    pub fn kind(&self) -> Kind {
+        self.0.reason.kind()
+    }
+
+    /// The file in question.
+    pub fn file(&self) -> Option<&Path> {
+        self.0.file.as_deref()
+    }
+
+    /// The tensor, key, field or module in question.
+    pub fn item(&self) -> Option<&str> {
+        self.0.item.as_deref()
+    }
+
+    /// All cases, where the reason stands for several.
+    pub fn cases(&self) -> &[String] {
+        &self.0.cases
+    }
+
+    /// What to do next.
+    pub fn hint(&self) -> Option<&str> {
+        self.0.hint.as_deref().or_else(|| self.0.reason.hint())
+    }
+}
+
+impl Reason {
+    /// The next step that a reason always has.
+    fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            Reason::LfsPointer => "fetch the real file with `git lfs pull`",
+            Reason::Html => "download the file itself instead of its page",
+            Reason::Exists => "use --force to replace it, or name another output",
+            Reason::Busy => "wait for the other run, or name another output",
+            Reason::ValuesNotFinite { .. } => {
+                "the adapter or its strength overflows the output type; --allow-nonfinite writes the values anyway, --dtype f32 gives them room"
+            }
+            Reason::UnknownConfigField { .. } => {
+                "if you know that it does not matter, accept it with --allow-unknown-config NAME"
+            }
+            Reason::NoAdapterConfig => {
+                "PEFT writes the two files together; the config holds rank and alpha"
+            }
+            Reason::NotACheckpoint => "remove the folder yourself, or name another output",
+            Reason::SwappedArguments => "exchange --base and --adapter",
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
+        if let Some(file) = &self.0.file {
+            text.push_str(&file.to_string_lossy());
+            text.push_str(": ");
+        }
+        if let Some(item) = &self.0.item {
+            text.push_str(item);
+            text.push_str(": ");
+        }
+        text.push_str(&self.0.reason.to_string());
+        if let Some(source) = &self.0.source {
+            text.push_str(": ");
+            text.push_str(&source.to_string());
+        }
+        f.write_str(&printable(&text))
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self} [{}]", self.kind().name())?;
+        for case in &self.0.cases {
+            write!(f, "\n  {}", printable(case))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| source as _)
+    }
+}

@@ -1,0 +1,227 @@
+//! What the names in an adapter's files mean: one community's spelling per file.
+//!
+//! [`FORMATS`] is the only list. A format judges by names and configuration, never by tensor data.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::adapter::Adapter;
+use crate::containers::TensorFile;
+use crate::error::{Error, Reason, Result};
+use crate::json::{Document, Value};
+use crate::mapped::Input;
+
+mod peft;
+mod spellings;
+
+pub use spellings::Summary;
+
+/// One community's spelling of adapters.
+pub trait Format: Sync {
+    /// Its name in the field.
+    fn name(&self) -> &'static str;
+
+    /// Whether an adapter is spelled this way.
+    fn recognises(&self, found: &Found) -> bool;
+
+    /// Reads the adapter; nothing in the files is left out.
+    ///
+    /// # Errors
+    /// What is wrong with names, shapes or configuration, all cases listed;
+    /// [`Reason::Format`] where the format can be recognised but not read yet.
+    fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter>;
+
+    /// What can be said from names and shapes alone.
+    fn summary(&self, found: &Found) -> Summary;
+}
+
+/// Every format, in the order they are asked.
+pub static FORMATS: &[&dyn Format] = &[
+    &peft::Peft,
+    &spellings::CLONEOFSIMO,
+    &spellings::MLX,
+    &spellings::XLABS,
+    &spellings::DIFFUSERS_OLD,
+    &spellings::DIFFUSERS_MID,
+    &spellings::KOHYA,
+    &spellings::COMFYUI,
+    &spellings::DIFFUSERS_NEW,
+    &spellings::BFL_CONTROL,
+    &spellings::LORALIB,
+    &spellings::TEXTUAL_INVERSION,
+    &spellings::HOME_MADE,
+];
+
+/// What a caller accepts when an adapter is read.
+#[derive(Clone, Debug, Default)]
+pub struct ReadOptions {
+    /// Configuration fields that are accepted although they are unknown.
+    pub allow_unknown_config: Vec<String>,
+}
+
+/// The files of an adapter, open but not yet understood.
+pub struct Found {
+    /// The path that was given.
+    pub path: PathBuf,
+    /// The file of tensors.
+    pub file: TensorFile,
+    /// The configuration beside it.
+    pub config: Option<Document>,
+    /// The folder that holds both.
+    pub folder: PathBuf,
+}
+
+/// The name that PEFT, AdapterHub and MLX all use.
+const CONFIG: &str = "adapter_config.json";
+
+/// Names of weight files in a folder, in the order of preference.
+const WEIGHTS: &[&str] = &[
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "adapters.safetensors",
+    "adapters.npz",
+];
+
+/// Most values of a configuration.
+const CONFIG_VALUES: usize = 200_000;
+
+impl Found {
+    /// Finds and opens the files of an adapter: a folder, or the file of tensors itself.
+    ///
+    /// # Errors
+    /// [`Reason::NoAdapterWeights`] and what opening the files gives.
+    pub fn open(path: &Path) -> Result<Self> {
+        let is_folder = std::fs::metadata(path)
+            .map_err(|e| Error::io(Reason::Open, e).in_file(path))?
+            .is_dir();
+        let (folder, weights) = if is_folder {
+            (path.to_owned(), weights_in(path)?)
+        } else {
+            let folder = path
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty());
+            (folder.unwrap_or(Path::new(".")).to_owned(), path.to_owned())
+        };
+        let config = folder.join(CONFIG);
+        let config = config
+            .exists()
+            .then(|| Document::read(&config, CONFIG_VALUES))
+            .transpose()?;
+        let file = TensorFile::open(&weights)?;
+        if file.directory.tensors.is_empty() {
+            return Err(Error::new(Reason::NoTensors).in_file(weights));
+        }
+        Ok(Found {
+            path: path.to_owned(),
+            file,
+            config,
+            folder,
+        })
+    }
+
+    /// The format that these files are spelled in.
+    pub fn format(&self) -> Option<&'static dyn Format> {
+        FORMATS
+            .iter()
+            .copied()
+            .find(|format| format.recognises(self))
+    }
+
+    /// Recognises and reads the adapter.
+    ///
+    /// # Errors
+    /// [`Reason::NotAnAdapter`], [`Reason::FormatUnknown`], and those of [`Format::read`].
+    pub fn read(&self, options: &ReadOptions) -> Result<Adapter> {
+        match self.format() {
+            Some(format) => format
+                .read(self, options)
+                .map_err(|e| e.in_file(self.file.input.path())),
+            None if self.looks_like_checkpoint() => {
+                Err(Error::new(Reason::NotAnAdapter).in_file(self.file.input.path()))
+            }
+            None => Err(Error::new(Reason::FormatUnknown).in_file(self.file.input.path())),
+        }
+    }
+
+    /// Whether the names are those of whole weights.
+    pub fn looks_like_checkpoint(&self) -> bool {
+        let names = || {
+            self.file
+                .directory
+                .tensors
+                .iter()
+                .map(|tensor| tensor.name.as_str())
+        };
+        names().any(|name| name.ends_with(".weight")) && self.format().is_none()
+    }
+
+    /// Every open file.
+    pub fn inputs(&self) -> impl Iterator<Item = &Arc<Input>> {
+        std::iter::once(&self.file.input).chain(self.config.iter().map(|config| &config.input))
+    }
+
+    /// The names of the tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.file
+            .directory
+            .tensors
+            .iter()
+            .map(|tensor| tensor.name.as_str())
+    }
+
+    /// A metadata value.
+    pub(crate) fn metadata(&self, key: &str) -> Option<&str> {
+        let entries = &self.file.directory.metadata;
+        entries
+            .iter()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value.as_str())
+    }
+
+    /// A configuration value.
+    pub(crate) fn configured(&self, key: &str) -> Option<&Value> {
+        self.config
+            .as_ref()
+            .and_then(|config| config.object.get(key))
+    }
+}
+
+/// Whether a folder holds an adapter rather than a checkpoint.
+pub fn is_adapter_folder(folder: &Path) -> bool {
+    folder.join(CONFIG).exists() || WEIGHTS.iter().any(|name| folder.join(name).exists())
+}
+
+/// The file of tensors in a folder.
+fn weights_in(folder: &Path) -> Result<PathBuf> {
+    if let Some(name) = WEIGHTS.iter().find(|name| folder.join(name).exists()) {
+        return Ok(folder.join(name));
+    }
+    let fail = || Error::new(Reason::NoAdapterWeights).in_file(folder);
+    let entries =
+        std::fs::read_dir(folder).map_err(|e| Error::io(Reason::Open, e).in_file(folder))?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| {
+            let extension = path
+                .extension()
+                .and_then(|extension| extension.to_str())
+                .unwrap_or("");
+            ["safetensors", "bin", "pt", "pth", "ckpt", "npz", "gguf"].contains(&extension)
+        })
+        .collect();
+    found.sort();
+    match found.as_slice() {
+        [only] => Ok(only.clone()),
+        [] => Err(fail()),
+        several => {
+            let names = several
+                .iter()
+                .map(|path| path.to_string_lossy().into_owned())
+                .collect();
+            Err(fail()
+                .with_cases(names)
+                .with_hint("name one of these files"))
+        }
+    }
+}

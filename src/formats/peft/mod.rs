@@ -1,0 +1,375 @@
+//! PEFT: `adapter_config.json` beside `adapter_model.safetensors`.
+//!
+//! Source: `huggingface/peft` 0.21.2, `src/peft/utils/save_and_load.py` (names), `src/peft/tuners/lora/config.py`
+//! and `layer.py`, `src/peft/tuners/ia3/`. Keys are `base_model.model.` + module path + tuner tensor; the
+//! adapter's own name, which raw state dicts keep, is one segment after the tuner tensor.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::spellings::summarise;
+use super::{Format, Found, ReadOptions, Summary};
+use crate::adapter::{
+    Adapter, Facts, Layer, Method, Module, Replacement, ReplacementKind, Role, Scale, TokenRows,
+};
+use crate::error::{Error, Reason, Result};
+use crate::json::{Object, Value};
+use crate::methods::{DORA, IA3, LORA};
+use crate::naming::path;
+use crate::notice::{Notice, NoticeKind};
+use crate::printable::acts_on_a_terminal;
+use crate::tensor::Tensor;
+
+mod config;
+mod key;
+
+use config::{Settings, Tuner};
+use key::{Key, Tail};
+
+/// The format.
+pub(super) struct Peft;
+
+impl Format for Peft {
+    fn name(&self) -> &'static str {
+        "PEFT"
+    }
+
+    fn recognises(&self, found: &Found) -> bool {
+        found.configured("peft_type").is_some()
+            || found.configured("r").is_some() && found.configured("lora_alpha").is_some()
+            || found.names().any(|name| name.starts_with(key::PREFIX))
+    }
+
+    fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter> {
+        let config = found
+            .config
+            .as_ref()
+            .ok_or_else(|| Error::new(Reason::NoAdapterConfig))?;
+        let path = config.input.path();
+        let settings = Settings::read(&config.object, &options.allow_unknown_config)
+            .map_err(|e| e.in_file(path))?;
+        Reader::new(&settings).read(found, &config.object)
+    }
+
+    fn summary(&self, found: &Found) -> Summary {
+        let rank = [
+            (".lora_A.weight", 0),
+            (".lora_embedding_A", 0),
+            (".lora_A", 0),
+        ];
+        let mut summary = summarise(found, &rank);
+        if let Some(kind) = found.configured("peft_type").and_then(Value::as_str) {
+            summary.facts.insert("peft_type".into(), kind.into());
+        }
+        summary
+    }
+}
+
+/// The tensors of one module as they come in.
+#[derive(Default)]
+struct Parts {
+    parameters: Vec<(Role, Tensor)>,
+    embedding: bool,
+    output_projection: bool,
+}
+
+struct Reader<'a> {
+    settings: &'a Settings,
+    adapter: Adapter,
+    parts: BTreeMap<usize, (String, Parts)>,
+    order: HashMap<String, usize>,
+    unknown: Vec<String>,
+    problems: Vec<Error>,
+    adapter_names: BTreeSet<String>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(settings: &'a Settings) -> Self {
+        Reader {
+            settings,
+            adapter: Adapter::default(),
+            parts: BTreeMap::new(),
+            order: HashMap::new(),
+            unknown: Vec::new(),
+            problems: Vec::new(),
+            adapter_names: BTreeSet::new(),
+        }
+    }
+
+    fn read(mut self, found: &Found, object: &Object) -> Result<Adapter> {
+        for tensor in &found.file.directory.tensors {
+            self.sort(tensor);
+        }
+        if !self.unknown.is_empty() {
+            let reason = Reason::UnknownKeys {
+                count: self.unknown.len(),
+            };
+            return Err(Error::new(reason)
+                .with_cases(self.unknown)
+                .with_hint("nothing of an adapter is left out in silence; these keys belong to a method or a version that is not supported"));
+        }
+        if self.adapter_names.len() > 1 {
+            let names: Vec<String> = self.adapter_names.into_iter().collect();
+            let problem = format!("the file holds several adapters: {}", names.join(", "));
+            return Err(Error::new(Reason::FieldValue { problem }));
+        }
+        for (path, parts) in std::mem::take(&mut self.parts).into_values() {
+            match self.module(path, parts) {
+                Ok(module) => self.adapter.modules.push(module),
+                Err(error) => self.problems.push(error),
+            }
+        }
+        if !self.problems.is_empty() {
+            let cases = self.problems.iter().map(Error::to_string).collect();
+            let first = self.problems.swap_remove(0);
+            return Err(first.with_cases(cases));
+        }
+        self.adapter.replication = self.settings.replication.clone();
+        self.adapter.tied = self.settings.ensure_weight_tying;
+        self.adapter.facts = facts(object);
+        self.notices(found);
+        Ok(self.adapter)
+    }
+
+    /// Finds the place of one tensor in the adapter.
+    fn sort(&mut self, tensor: &Tensor) {
+        let key = Key::parse(&tensor.name);
+        self.adapter_names.extend(key.adapter_name.clone());
+        let role = match (&key.tail, self.settings.tuner) {
+            (Tail::LoraA, Tuner::Lora) => Some(Role::Down),
+            (Tail::LoraB, Tuner::Lora) => Some(Role::Up),
+            (Tail::LoraBias, Tuner::Lora) if self.settings.lora_bias => Some(Role::Bias),
+            (Tail::EmbeddingA, Tuner::Lora) => Some(Role::Down),
+            (Tail::EmbeddingB, Tuner::Lora) => Some(Role::Up),
+            (Tail::Magnitude, Tuner::Lora) if self.settings.use_dora => Some(Role::Magnitude),
+            (Tail::Ia3, Tuner::Ia3) => Some(self.ia3_role(&key.path, tensor)),
+            _ => None,
+        };
+        if let Some(role) = role {
+            let next = self.order.len();
+            let index = *self.order.entry(key.path.clone()).or_insert(next);
+            let (_, parts) = self
+                .parts
+                .entry(index)
+                .or_insert_with(|| (key.path.clone(), Parts::default()));
+            if parts.parameters.iter().any(|(known, _)| *known == role) {
+                self.unknown
+                    .push(format!("{} (a second {} factor)", tensor.name, role.name()));
+                return;
+            }
+            parts.embedding |= matches!(key.tail, Tail::EmbeddingA | Tail::EmbeddingB);
+            parts.output_projection |= key.output_projection;
+            parts.parameters.push((role, tensor.clone()));
+            return;
+        }
+        match key.tail {
+            Tail::Whole(parameter) => self.replace(key.path, parameter, key.base_layer, tensor),
+            Tail::Tokens => match self.settings.tokens_of(&key.path) {
+                Some(indices) => self.tokens(key.path, indices, tensor),
+                None => self.unknown.push(format!(
+                    "{} (no `trainable_token_indices` for it)",
+                    tensor.name
+                )),
+            },
+            Tail::Original => self.adapter.unused.push(tensor.clone()),
+            Tail::TrainingState if self.settings.training_state => {
+                self.adapter.unused.push(tensor.clone())
+            }
+            _ => self.unknown.push(tensor.name.clone()),
+        }
+    }
+
+    fn replace(&mut self, path: String, parameter: String, base_layer: bool, tensor: &Tensor) {
+        let kind = if parameter == "bias" && (base_layer || self.settings.trains_biases) {
+            ReplacementKind::Bias
+        } else if base_layer {
+            ReplacementKind::BaseLayer
+        } else {
+            ReplacementKind::Module
+        };
+        let name = if path.is_empty() {
+            parameter
+        } else {
+            format!("{path}.{parameter}")
+        };
+        self.adapter.replacements.push(Replacement {
+            name,
+            tensor: tensor.clone(),
+            kind,
+        });
+    }
+
+    fn tokens(&mut self, path: String, indices: Vec<usize>, tensor: &Tensor) {
+        if tensor.dimension(0) != indices.len() || tensor.shape.len() != 2 {
+            let reason = Reason::TokenCount {
+                indices: indices.len(),
+                rows: tensor.dimension(0),
+            };
+            self.problems.push(tensor.error(reason));
+            return;
+        }
+        self.adapter.tokens.push(TokenRows {
+            path,
+            indices,
+            rows: tensor.clone(),
+        });
+    }
+
+    fn ia3_role(&self, path: &str, tensor: &Tensor) -> Role {
+        // For matrices the stored shape alone decides, as in PEFT's own forward pass.
+        match tensor.shape.as_slice() {
+            [1, inputs] if *inputs != 1 => Role::InputScale,
+            [outputs, 1] if *outputs != 1 => Role::OutputScale,
+            _ if self.settings.is_feedforward(path) => Role::InputScale,
+            _ => Role::OutputScale,
+        }
+    }
+
+    fn module(&mut self, path: String, parts: Parts) -> Result<Module> {
+        let method: &'static dyn Method = match self.settings.tuner {
+            Tuner::Ia3 => &IA3,
+            Tuner::Lora if self.settings.use_dora => &DORA,
+            Tuner::Lora => &LORA,
+        };
+        let layer = if parts.embedding {
+            Layer::Embedding
+        } else {
+            Layer::Dense
+        };
+        let scale = match self.settings.tuner {
+            Tuner::Ia3 => Scale::ONE,
+            Tuner::Lora => {
+                // The output projection of nn.MultiheadAttention shares the patterns of its parent, and
+                // PEFT adds its delta twice, in the forward pass and in the merge alike
+                // (tuners/lora/layer.py, MultiheadAttention).
+                let owner = path
+                    .strip_suffix(".out_proj")
+                    .filter(|_| parts.output_projection);
+                let mut scale = self.settings.scale(owner.unwrap_or(&path))?;
+                if parts.output_projection {
+                    scale.value *= 2.0;
+                }
+                scale
+            }
+        };
+        let module = Module::new(path, method, parts.parameters, scale, layer)?;
+        if let (Some(stored), Some(configured)) = (method.rank(&module), scale.rank)
+            && stored != configured
+        {
+            self.notice(
+                Notice::new(
+                    NoticeKind::RankDiffers,
+                    format!("the tensors have rank {stored}, the configuration says {configured}; the scale follows the configuration"),
+                )
+                .on(&*module.path),
+            );
+        }
+        if scale.value < 0.0 {
+            self.notice(
+                Notice::new(NoticeKind::NegativeAlpha, "alpha is negative").on(&*module.path),
+            );
+        }
+        Ok(module)
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.adapter.notices.push(notice);
+    }
+
+    fn notices(&mut self, found: &Found) {
+        let file = found.file.input.path();
+        self.adapter
+            .notices
+            .extend(self.settings.notices.iter().cloned());
+        for tensor in &found.file.directory.tensors {
+            if tensor.elements() == 0 {
+                let text = format!("the tensor has no elements: shape {:?}", tensor.shape);
+                self.notice(Notice::new(NoticeKind::ZeroSized, text).on(&*tensor.name));
+            }
+            if tensor
+                .name
+                .chars()
+                .any(|c| acts_on_a_terminal(c) || c.is_whitespace())
+            {
+                let text = "the name holds characters that are not those of a module path";
+                self.notice(Notice::new(NoticeKind::OddName, text).on(&*tensor.name));
+            }
+        }
+        for tensor in self.adapter.unused.clone() {
+            let text = "training state, which the merged weights do not depend on";
+            self.notice(Notice::new(NoticeKind::Unused, text).on(&*tensor.name));
+        }
+        let biases = self
+            .adapter
+            .replacements
+            .iter()
+            .any(|r| r.kind == ReplacementKind::Bias);
+        if self.settings.trains_biases && !biases {
+            self.notice(
+                Notice::new(
+                    NoticeKind::BiasMissing,
+                    "the configuration trains biases, but the file holds none",
+                )
+                .on("bias"),
+            );
+        }
+        for replacement in &self.adapter.replacements {
+            let declared = replacement.kind != ReplacementKind::Module
+                || self.settings.declares(&replacement.name);
+            if !declared {
+                let text =
+                    "a whole tensor that the configuration does not announce (modules_to_save)";
+                self.adapter
+                    .notices
+                    .push(Notice::new(NoticeKind::Contradiction, text).on(&*replacement.name));
+            }
+        }
+        if let Some(base) = &self.adapter.facts.base
+            && config::names_quantised_base(base)
+        {
+            let text = format!(
+                "it was trained on a quantised base ({base}); merging into the 16-bit original differs by the quantisation error"
+            );
+            self.notice(
+                Notice::new(NoticeKind::QuantisedTraining, text).on("base_model_name_or_path"),
+            );
+        }
+        for notice in &mut self.adapter.notices {
+            *notice = notice.clone().in_file(file);
+        }
+    }
+}
+
+fn facts(object: &Object) -> Facts {
+    let text = |key: &str| {
+        object
+            .get(key)
+            .and_then(Value::as_str)
+            .filter(|text| !text.is_empty())
+    };
+    let mut facts = Facts {
+        base: text("base_model_name_or_path").map(str::to_owned),
+        tool: Some(match text("peft_version") {
+            Some(version) => format!("PEFT {version}"),
+            None => "PEFT".to_owned(),
+        }),
+        other: BTreeMap::new(),
+    };
+    for key in ["task_type", "revision", "bias", "peft_type"] {
+        if let Some(value) = text(key) {
+            facts.other.insert(key.to_owned(), value.to_owned());
+        }
+    }
+    if let Some(Value::Object(mapping)) = object.get("auto_mapping")
+        && let Some(class) = mapping.get("base_model_class").and_then(Value::as_str)
+    {
+        facts
+            .other
+            .insert("base_model_class".to_owned(), class.to_owned());
+    }
+    facts
+}
+
+/// The path with the wrappers of compilers and sharders taken out.
+fn unwrapped(path: &str) -> String {
+    path::without_wrappers(path)
+}

@@ -1,0 +1,11 @@
+//! The few verbs of arithmetic that merging needs, with one result on every machine.
+//!
+//! The definition is in `docs/numerics.md`: chains of fused multiply-adds in f64, indices ascending.
+//! Every entry of [`KERNELS`] computes exactly that; they differ in the instructions they may use, and
+//! the tests compare them byte for byte.
+
+mod lanes;
+mod panels;
+
+pub use lanes::{KERNELS, Kernel};
+pub use panels::{LANES, Panels};

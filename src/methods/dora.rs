@@ -1,0 +1,188 @@
+//! DoRA: W' = m / ‖V‖ ∘ V with V = W + scale · B · A, norms per output.
+//!
+//! Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024; as PEFT computes it
+//! (`peft/tuners/lora/dora.py`, `peft/tuners/lora/variants.py`): no epsilon, the norm over everything but
+//! the output axis, which for Conv1D and embeddings is the *columns* of the stored matrix. With several
+//! adapters on one weight the norm is that of the unmerged base plus this delta, and the factor applies to
+//! the running weight (PEFT 0.21; earlier versions took the norm of the running weight).
+//!
+//! Evaluated in f64: squares are rounded and added in index order, then the square root, the quotient
+//! and the product, each rounded once.
+
+use std::ops::Range;
+
+use super::lora::{check_factors, extent_of_factors, product};
+use crate::adapter::factor::Product;
+use crate::adapter::{
+    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
+    Workspace,
+};
+use crate::error::{Reason, Result};
+use crate::linalg::Kernel;
+
+/// The method.
+pub static DORA: Dora = Dora;
+
+/// LoRA with learned norms.
+#[derive(Debug)]
+pub struct Dora;
+
+impl Method for Dora {
+    fn name(&self) -> &'static str {
+        "DoRA"
+    }
+
+    fn roles(&self) -> &'static [RoleUse] {
+        &[
+            RoleUse {
+                role: Role::Down,
+                suffix: "lora_down.weight",
+                required: true,
+            },
+            RoleUse {
+                role: Role::Up,
+                suffix: "lora_up.weight",
+                required: true,
+            },
+            RoleUse {
+                role: Role::Magnitude,
+                suffix: "dora_scale",
+                required: true,
+            },
+        ]
+    }
+
+    fn order(&self) -> Order {
+        Order::Sequential
+    }
+
+    fn check(&self, module: &Module) -> Result<()> {
+        check_factors(module)?;
+        let (magnitude, up) = (module.require(Role::Magnitude)?, module.require(Role::Up)?);
+        if magnitude.elements() != up.dimension(0) {
+            let problem = format!(
+                "the magnitude has shape {:?}, the outputs are {}",
+                magnitude.shape,
+                up.dimension(0)
+            );
+            return Err(module.error(Reason::FactorShape { problem }));
+        }
+        Ok(())
+    }
+
+    fn extent(&self, module: &Module) -> Extent {
+        extent_of_factors(module)
+    }
+
+    fn rank(&self, module: &Module) -> Option<usize> {
+        module.get(Role::Down).map(|down| down.dimension(0))
+    }
+
+    fn bias(&self, _module: &Module) -> BiasUse {
+        BiasUse::No
+    }
+
+    fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
+        debug_assert_eq!(on.part, Part::Weight);
+        Ok(Box::new(Normalised {
+            product: product(module, on.orientation, module.scale.value)?,
+            magnitude: module.require(Role::Magnitude)?.to_f64()?,
+            squares: match on.orientation {
+                Orientation::OutputsFirst => None,
+                Orientation::InputsFirst => Some(vec![0.0; on.columns]),
+            },
+            columns: on.columns,
+            strength,
+        }))
+    }
+}
+
+struct Normalised {
+    product: Product,
+    magnitude: Vec<f64>,
+    /// Sums of squares per column, where outputs are columns.
+    squares: Option<Vec<f64>>,
+    columns: usize,
+    strength: f64,
+}
+
+impl Update for Normalised {
+    fn surveys(&self) -> bool {
+        self.squares.is_some()
+    }
+
+    fn survey(&mut self, rows: Range<usize>, base: &[f64], kernel: &Kernel) -> Result<()> {
+        let mut matrix = base.to_vec();
+        self.product.add(rows, &mut matrix, kernel)?;
+        if let Some(squares) = &mut self.squares {
+            for row in matrix.chunks_exact(self.columns) {
+                for (sum, value) in squares.iter_mut().zip(row) {
+                    *sum += value * value;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(
+        &self,
+        rows: Range<usize>,
+        base: &[f64],
+        value: &mut [f64],
+        workspace: &mut Workspace,
+        kernel: &Kernel,
+    ) -> Result<()> {
+        let matrix = &mut workspace.matrix;
+        matrix.clear();
+        matrix.extend_from_slice(base);
+        self.product.add(rows.clone(), matrix, kernel)?;
+        let factors: Vec<f64> = match &self.squares {
+            Some(squares) => factors(&self.magnitude, squares.iter().copied()),
+            None => {
+                let sums = matrix
+                    .chunks_exact(self.columns)
+                    .map(|row| row.iter().fold(0.0, |sum, v| sum + v * v));
+                factors(&self.magnitude[rows.clone()], sums)
+            }
+        };
+        if value != base {
+            // The running weight plus this delta.
+            matrix.clear();
+            matrix.extend_from_slice(value);
+            self.product.add(rows, matrix, kernel)?;
+        }
+        for (row, (value, matrix)) in value
+            .chunks_exact_mut(self.columns)
+            .zip(matrix.chunks_exact(self.columns))
+            .enumerate()
+        {
+            for (column, (value, merged)) in value.iter_mut().zip(matrix).enumerate() {
+                let factor = if self.squares.is_some() {
+                    factors[column]
+                } else {
+                    factors[row]
+                };
+                *value = interpolate(*value, factor * merged, self.strength);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn factors(magnitude: &[f64], sums: impl Iterator<Item = f64>) -> Vec<f64> {
+    magnitude
+        .iter()
+        .zip(sums)
+        .map(|(magnitude, sum)| magnitude / sum.sqrt())
+        .collect()
+}
+
+/// `weight + strength · (merged − weight)`, which at strength 1 is `merged` itself.
+#[inline(always)]
+pub(super) fn interpolate(weight: f64, merged: f64, strength: f64) -> f64 {
+    if strength == 1.0 {
+        merged
+    } else {
+        strength.mul_add(merged - weight, weight)
+    }
+}

@@ -1,0 +1,128 @@
+//! (IA)³: a learned factor per output, or per input for feed-forward layers.
+//!
+//! Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+//! Learning", 2022; as PEFT computes it (`peft/tuners/ia3/layer.py`, `merge`): W' = W ∘ l, and the bias
+//! is multiplied as well where l is per output.
+
+use std::ops::Range;
+
+use super::dora::interpolate;
+use crate::adapter::{
+    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Role, RoleUse, Update, Workspace,
+};
+use crate::error::{Reason, Result};
+use crate::linalg::Kernel;
+
+/// The method.
+pub static IA3: Ia3 = Ia3;
+
+/// Learned factors.
+#[derive(Debug)]
+pub struct Ia3;
+
+impl Method for Ia3 {
+    fn name(&self) -> &'static str {
+        "IA3"
+    }
+
+    fn roles(&self) -> &'static [RoleUse] {
+        &[
+            RoleUse {
+                role: Role::OutputScale,
+                suffix: "ia3_l",
+                required: false,
+            },
+            RoleUse {
+                role: Role::InputScale,
+                suffix: "ia3_l",
+                required: false,
+            },
+        ]
+    }
+
+    fn order(&self) -> Order {
+        Order::Sequential
+    }
+
+    fn check(&self, module: &Module) -> Result<()> {
+        if module.parameters.len() != 1 {
+            let reason = Reason::RoleMissing {
+                role: "scale",
+                suffix: "ia3_l".to_owned(),
+            };
+            return Err(module.error(reason));
+        }
+        let (_, scale) = &module.parameters[0];
+        if scale.shape.iter().filter(|size| **size != 1).count() > 1 {
+            let problem = format!(
+                "the factors have shape {:?}; one axis was expected",
+                scale.shape
+            );
+            return Err(module.error(Reason::FactorShape { problem }));
+        }
+        Ok(())
+    }
+
+    fn extent(&self, module: &Module) -> Extent {
+        Extent {
+            outputs: module.get(Role::OutputScale).map(|scale| scale.elements()),
+            inputs: module.get(Role::InputScale).map(|scale| scale.elements()),
+            with_kernel: false,
+        }
+    }
+
+    fn rank(&self, _module: &Module) -> Option<usize> {
+        None
+    }
+
+    fn bias(&self, module: &Module) -> BiasUse {
+        match module.get(Role::OutputScale) {
+            Some(_) => BiasUse::IfPresent,
+            None => BiasUse::No,
+        }
+    }
+
+    fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
+        let (role, scale) = &module.parameters[0];
+        let outputs = *role == Role::OutputScale;
+        let per_row = outputs == (on.orientation == Orientation::OutputsFirst);
+        let elements_per_factor = if outputs || per_row { 1 } else { on.kernel };
+        Ok(Box::new(Multiply {
+            factors: scale.to_f64()?,
+            per_row,
+            elements_per_factor,
+            columns: on.columns,
+            strength,
+        }))
+    }
+}
+
+struct Multiply {
+    factors: Vec<f64>,
+    per_row: bool,
+    elements_per_factor: usize,
+    columns: usize,
+    strength: f64,
+}
+
+impl Update for Multiply {
+    fn apply(
+        &self,
+        rows: Range<usize>,
+        _base: &[f64],
+        value: &mut [f64],
+        _workspace: &mut Workspace,
+        _kernel: &Kernel,
+    ) -> Result<()> {
+        for (row, value) in rows.zip(value.chunks_exact_mut(self.columns)) {
+            for (column, value) in value.iter_mut().enumerate() {
+                let factor = match self.per_row {
+                    true => self.factors[row],
+                    false => self.factors[column / self.elements_per_factor],
+                };
+                *value = interpolate(*value, factor * *value, self.strength);
+            }
+        }
+        Ok(())
+    }
+}

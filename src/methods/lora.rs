@@ -1,0 +1,164 @@
+//! LoRA: ΔW = scale · B · A.
+//!
+//! Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; as PEFT computes it
+//! (`peft/tuners/lora/layer.py`, `get_delta_weight`). Convolutions: A is r × in × kernel, B is
+//! out × r × 1…, so that A flattened to r × (in · kernel) gives the flattened weight.
+//! Not here: Tucker (mid) factors, grouped convolutions.
+
+use std::ops::Range;
+
+use crate::adapter::factor::{Factor, Product};
+use crate::adapter::{
+    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
+    Workspace,
+};
+use crate::error::{Reason, Result};
+use crate::linalg::Kernel;
+
+/// The method.
+pub static LORA: Lora = Lora;
+
+/// LoRA on Linear, Conv1D, convolutions and embeddings.
+#[derive(Debug)]
+pub struct Lora;
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        "LoRA"
+    }
+
+    fn roles(&self) -> &'static [RoleUse] {
+        &[
+            RoleUse {
+                role: Role::Down,
+                suffix: "lora_down.weight",
+                required: true,
+            },
+            RoleUse {
+                role: Role::Up,
+                suffix: "lora_up.weight",
+                required: true,
+            },
+            RoleUse {
+                role: Role::Bias,
+                suffix: "lora_up.bias",
+                required: false,
+            },
+        ]
+    }
+
+    fn order(&self) -> Order {
+        Order::Additive
+    }
+
+    fn check(&self, module: &Module) -> Result<()> {
+        check_factors(module)
+    }
+
+    fn extent(&self, module: &Module) -> Extent {
+        extent_of_factors(module)
+    }
+
+    fn rank(&self, module: &Module) -> Option<usize> {
+        module.get(Role::Down).map(|down| down.dimension(0))
+    }
+
+    fn bias(&self, module: &Module) -> BiasUse {
+        match module.get(Role::Bias) {
+            Some(_) => BiasUse::Required,
+            None => BiasUse::No,
+        }
+    }
+
+    fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
+        let c = strength * module.scale.value;
+        Ok(Box::new(Sum(match on.part {
+            Part::Weight => product(module, on.orientation, c)?,
+            Part::Bias => {
+                // acc = fma(bias, 1, +0): the bias itself, as a chain of one link.
+                let bias = Factor::new(module.require(Role::Bias)?, 1)?;
+                Product::of_row(bias, c)?
+            }
+        })))
+    }
+}
+
+/// Checks A (r × in × kernel…) against B (out × r × 1…).
+pub(super) fn check_factors(module: &Module) -> Result<()> {
+    let (down, up) = (module.require(Role::Down)?, module.require(Role::Up)?);
+    let fail = |problem: String| Err(module.error(Reason::FactorShape { problem }));
+    if down.shape.len() < 2 || up.shape.len() < 2 {
+        return fail(format!(
+            "the factors have shapes {:?} and {:?}; a factor of one axis is a leftover of sharded training, not an adapter",
+            down.shape, up.shape
+        ));
+    }
+    if down.dimension(0) != up.dimension(1) {
+        return fail(format!(
+            "the down factor {:?} has rank {}, the up factor {:?} has rank {}",
+            down.shape,
+            down.dimension(0),
+            up.shape,
+            up.dimension(1)
+        ));
+    }
+    if up.shape[2..].iter().any(|size| *size != 1) {
+        return fail(format!(
+            "the up factor {:?} has a kernel of its own",
+            up.shape
+        ));
+    }
+    if let Some(bias) = module.get(Role::Bias)
+        && bias.shape != [up.dimension(0)]
+    {
+        return fail(format!(
+            "the bias has shape {:?}, the outputs are {}",
+            bias.shape,
+            up.dimension(0)
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn extent_of_factors(module: &Module) -> Extent {
+    let inputs = module
+        .get(Role::Down)
+        .map(|down| down.shape[1..].iter().product());
+    let outputs = module.get(Role::Up).map(|up| up.dimension(0));
+    Extent {
+        outputs,
+        inputs,
+        with_kernel: true,
+    }
+}
+
+/// B · A as rows × columns of the stored matrix.
+pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
+    let (down, up) = (module.require(Role::Down)?, module.require(Role::Up)?);
+    let down = Factor::new(down, down.dimension(0))?;
+    let up = Factor::new(up, up.dimension(0))?;
+    match orientation {
+        Orientation::OutputsFirst => Product::new(up, down, c),
+        Orientation::InputsFirst => Product::new(down.t(), up.t(), c),
+    }
+}
+
+/// Adds a product.
+struct Sum(Product);
+
+impl Update for Sum {
+    fn apply(
+        &self,
+        rows: Range<usize>,
+        _base: &[f64],
+        value: &mut [f64],
+        _workspace: &mut Workspace,
+        kernel: &Kernel,
+    ) -> Result<()> {
+        self.0.add(rows, value, kernel)
+    }
+
+    fn touches(&self, row: usize, column: usize) -> Result<bool> {
+        self.0.touches(row, column)
+    }
+}

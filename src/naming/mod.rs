@@ -1,0 +1,7 @@
+//! From a module path in a trained model to a place in a checkpoint. Names only: no tensor data, no I/O.
+
+pub mod fold;
+pub mod path;
+mod resolver;
+
+pub use resolver::{Place, Resolution, Resolver, Rows};

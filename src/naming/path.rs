@@ -1,0 +1,44 @@
+//! Dotted paths.
+
+/// Segments that compilers and sharders leave in names.
+const WRAPPERS: &[&str] = &[
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_module",
+];
+
+/// The path without the wrappers of `torch.compile`, FSDP, checkpointing and (in front) DataParallel.
+///
+/// ```
+/// use loratool::naming::path::without_wrappers;
+/// assert_eq!(without_wrappers("module._orig_mod.model.layers.0"), "model.layers.0");
+/// ```
+pub fn without_wrappers(path: &str) -> String {
+    let path = path.strip_prefix("module.").unwrap_or(path);
+    let segments: Vec<&str> = path
+        .split('.')
+        .filter(|segment| !WRAPPERS.contains(segment))
+        .collect();
+    segments.join(".")
+}
+
+/// The last segment.
+pub fn leaf(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+/// The path with every number replaced by `*`, so that the same module of all layers has one name.
+///
+/// ```
+/// assert_eq!(loratool::naming::path::kind("model.layers.12.mlp.down_proj"), "model.layers.*.mlp.down_proj");
+/// ```
+pub fn kind(path: &str) -> String {
+    let segment = |segment: &str| match segment.bytes().all(|byte| byte.is_ascii_digit())
+        && !segment.is_empty()
+    {
+        true => "*".to_owned(),
+        false => segment.to_owned(),
+    };
+    path.split('.').map(segment).collect::<Vec<_>>().join(".")
+}

@@ -1,0 +1,218 @@
+//! Input and output embeddings that share one tensor.
+//!
+//! A file holds the shared tensor once. When an adapter changes the two sides differently, the only
+//! right answer is to write both and to say in the configuration that they are no longer tied; when
+//! both change alike, the result stays tied. (PEFT adds every delta to the shared tensor.)
+
+use super::plan::{Opened, PlannedTensor};
+use crate::adapter::factor::Factor;
+use crate::adapter::{Adapter, Layer, Module, Role};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::config::Edit;
+use crate::error::Result;
+use crate::json::Value;
+use crate::naming::path::leaf;
+use crate::notice::{Notice, NoticeKind};
+
+/// The two names of a shared tensor.
+pub(super) struct Ties {
+    pub(super) embedding: String,
+    pub(super) head: String,
+    /// The files do not hold the head: it was added to the plan.
+    added: bool,
+    /// The adapter shares one module between the two.
+    follows: bool,
+}
+
+impl Ties {
+    /// Finds shared embeddings that an adapter may pull apart, and gives both sides a place in the plan.
+    pub(super) fn find(
+        base: &Checkpoint,
+        adapters: &[Opened],
+        tensors: &mut Vec<PlannedTensor>,
+    ) -> Option<Self> {
+        if !base.ties_embeddings() {
+            return None;
+        }
+        let embedding = base.input_embedding()?;
+        let head = match base.output_embedding() {
+            Some(head) => head.name.clone(),
+            None => head_name(base, &embedding.name).to_owned(),
+        };
+        let sides = [owner(&embedding.name), owner(&head)].map(leaf);
+        let touched = adapters.iter().any(|opened| {
+            let adapter = &opened.adapter;
+            let modules = adapter.modules.iter().map(|module| module.path.as_str());
+            let replaced = adapter
+                .replacements
+                .iter()
+                .map(|replacement| owner(&replacement.name));
+            let tokens = adapter.tokens.iter().map(|tokens| tokens.path.as_str());
+            modules
+                .chain(replaced)
+                .chain(tokens)
+                .any(|path| sides.contains(&leaf(path)))
+        });
+        if !touched {
+            return None;
+        }
+        let added = match base.output_embedding() {
+            // Both are stored: transformers ties them only if they are equal.
+            Some(stored) => {
+                let same = stored.shape == embedding.shape
+                    && matches!((stored.bytes(), embedding.bytes()), (Ok(a), Ok(b)) if a == b);
+                if !same {
+                    return None;
+                }
+                false
+            }
+            None => {
+                let at = tensors
+                    .iter()
+                    .position(|tensor| tensor.name == embedding.name)?;
+                let twin = PlannedTensor::of(embedding, head.clone(), tensors[at].shard);
+                tensors.insert(at + 1, twin);
+                true
+            }
+        };
+        Some(Ties {
+            embedding: embedding.name.clone(),
+            head,
+            added,
+            follows: false,
+        })
+    }
+
+    /// Whether a module on the head repeats, transposed, the adapter's module on the embedding.
+    pub(super) fn is_second_copy(
+        &mut self,
+        adapter: &Adapter,
+        module: &Module,
+        tensor: &str,
+    ) -> bool {
+        if !adapter.tied || tensor != self.head {
+            return false;
+        }
+        let first = adapter
+            .modules
+            .iter()
+            .find(|module| module.layer == Layer::Embedding);
+        let copy = first.is_some_and(|first| repeats(first, module).unwrap_or(false));
+        self.follows |= copy;
+        copy
+    }
+}
+
+/// Decides whether the two sides are still one tensor.
+pub(super) fn settle(
+    ties: Ties,
+    adapters: &[Opened],
+    tensors: &mut Vec<PlannedTensor>,
+    notices: &mut Vec<Notice>,
+    edits: &mut Vec<Edit>,
+) -> Result<()> {
+    let find = |tensors: &[PlannedTensor], name: &str| {
+        tensors.iter().position(|tensor| tensor.name == name)
+    };
+    let (Some(embedding), Some(head)) = (find(tensors, &ties.embedding), find(tensors, &ties.head))
+    else {
+        return Ok(());
+    };
+    // A copy of the weight below an adapter is a copy of the shared weight.
+    let below = |tensor: &PlannedTensor| tensor.replaced_below;
+    if below(&tensors[embedding]) && tensors[head].replaced_by.is_none() {
+        share(tensors, embedding, head);
+    } else if below(&tensors[head]) && tensors[embedding].replaced_by.is_none() {
+        share(tensors, head, embedding);
+    }
+    if ties.follows {
+        let (modules, rows) = (
+            tensors[embedding].modules.clone(),
+            tensors[embedding].rows.clone(),
+        );
+        (tensors[head].modules, tensors[head].rows) = (modules, rows);
+    }
+    if same(&tensors[embedding], &tensors[head], ties.follows)? {
+        if ties.added {
+            tensors.remove(head);
+        }
+        return Ok(());
+    }
+    edits.push(Edit {
+        field: "tie_word_embeddings",
+        value: "false".to_owned(),
+        insert: true,
+    });
+    let text = format!(
+        "it shared its tensor with `{}`; the adapter{} changes the two differently, so both are written and tie_word_embeddings becomes false",
+        ties.embedding,
+        if adapters.len() == 1 { "" } else { "s" }
+    );
+    notices.push(Notice::new(NoticeKind::Untied, text).on(ties.head));
+    Ok(())
+}
+
+fn share(tensors: &mut [PlannedTensor], from: usize, to: usize) {
+    let (source, shape, replaced_by) = (
+        tensors[from].source.clone(),
+        tensors[from].shape.clone(),
+        tensors[from].replaced_by,
+    );
+    let tensor = &mut tensors[to];
+    (tensor.source, tensor.shape, tensor.replaced_by) = (source, shape, replaced_by);
+}
+
+fn same(a: &PlannedTensor, b: &PlannedTensor, follows: bool) -> Result<bool> {
+    let rows = |tensor: &PlannedTensor| -> Vec<(usize, String, u64, usize)> {
+        let row = |(row, (tensor, from)): (&usize, &(crate::tensor::Tensor, usize))| {
+            (*row, tensor.name.clone(), tensor.offset, *from)
+        };
+        tensor.rows.iter().map(row).collect()
+    };
+    if !(follows || a.modules.is_empty() && b.modules.is_empty())
+        || rows(a) != rows(b)
+        || a.shape != b.shape
+    {
+        return Ok(false);
+    }
+    let one_place = a.source.offset == b.source.offset
+        && std::sync::Arc::ptr_eq(&a.source.input, &b.source.input);
+    Ok(one_place || a.source.to_f64()? == b.source.to_f64()?)
+}
+
+/// Whether `head` has the transposed factors of `embedding`.
+fn repeats(embedding: &Module, head: &Module) -> Result<bool> {
+    if embedding.scale != head.scale || embedding.method.name() != head.method.name() {
+        return Ok(false);
+    }
+    let equal = |a: Role, b: Role| -> Result<bool> {
+        let (a, b) = (embedding.require(a)?, head.require(b)?);
+        if a.elements() != b.elements() || a.dimension(0) != b.dimension(1) {
+            return Ok(false);
+        }
+        let a = Factor::new(a, a.dimension(0))?;
+        let b = Factor::new(b, b.dimension(0))?.t();
+        let all = |factor: &Factor| factor.block(0..factor.rows(), 0..factor.columns());
+        Ok(all(&a)? == all(&b)?)
+    };
+    Ok(equal(Role::Down, Role::Up)? && equal(Role::Up, Role::Down)?)
+}
+
+fn owner(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(owner, _)| owner)
+}
+
+/// The name of an output embedding that a checkpoint does not hold (`_tied_weights_keys` of each model).
+fn head_name(base: &Checkpoint, embedding: &str) -> &'static str {
+    let model = base
+        .configured("model_type")
+        .and_then(Value::as_str)
+        .unwrap_or("");
+    if embedding.ends_with("embed_in.weight") {
+        "embed_out.weight"
+    } else if model == "whisper" {
+        "proj_out.weight"
+    } else {
+        "lm_head.weight"
+    }
+}

@@ -1,0 +1,6 @@
+//! One verb per file: options in, report out. Nothing here names a format or a method, and nothing
+//! prints.
+
+pub mod check;
+pub mod inspect;
+pub mod merge;

@@ -1,0 +1,51 @@
+//! Text of strangers, made safe for a terminal.
+//!
+//! Names, metadata and configuration values come from files that nobody vouches for. Control
+//! characters could drive the terminal, bidirectional marks could make one name look like another,
+//! and zero-width characters could hide a difference. Everything that is printed goes through
+//! [`printable`]; reports in JSON keep the true characters, because JSON escapes them itself.
+
+use std::borrow::Cow;
+
+/// Longest piece of foreign text that is shown whole, in characters.
+const SHOWN: usize = 4096;
+
+/// Returns `text` with every character that could act on a terminal written as `\u{…}`, cut to
+/// 4,096 characters.
+///
+/// Escaped are C0, DEL and C1 controls, line and paragraph separators, bidirectional marks,
+/// zero-width and other invisible format characters.
+///
+/// ```
+/// assert_eq!(loratool::printable("red\u{1b}[31m"), "red\\u{1b}[31m");
+/// assert_eq!(loratool::printable("model.layers.0"), "model.layers.0");
+/// ```
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if text.len() <= SHOWN && !text.chars().any(acts_on_a_terminal) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::new();
+    for (count, character) in text.chars().enumerate() {
+        if count == SHOWN {
+            shown.push('…');
+            break;
+        }
+        if acts_on_a_terminal(character) {
+            shown.extend(character.escape_unicode());
+        } else {
+            shown.push(character);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Whether a character must not reach a terminal as it is.
+pub(crate) fn acts_on_a_terminal(character: char) -> bool {
+    character.is_control()
+        || matches!(character,
+            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}'
+            | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}')
+}

@@ -1,0 +1,453 @@
+//! Named tensors in files: type, shape, and where the bytes lie.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::error::{Error, Reason, Result};
+use crate::mapped::Input;
+
+pub use safetensors::Dtype as DType;
+
+/// The element types that arithmetic is defined on; each widens exactly to f64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Float {
+    /// IEEE binary64
+    F64,
+    /// IEEE binary32
+    F32,
+    /// bfloat16
+    BF16,
+    /// IEEE binary16
+    F16,
+}
+
+impl Float {
+    /// The float that a stored type is, if it is one.
+    pub fn of(dtype: DType) -> Option<Self> {
+        Some(match dtype {
+            DType::F64 => Float::F64,
+            DType::F32 => Float::F32,
+            DType::BF16 => Float::BF16,
+            DType::F16 => Float::F16,
+            _ => return None,
+        })
+    }
+
+    /// The stored type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Float::F64 => DType::F64,
+            Float::F32 => DType::F32,
+            Float::BF16 => DType::BF16,
+            Float::F16 => DType::F16,
+        }
+    }
+
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Float::F64 => 8,
+            Float::F32 => 4,
+            Float::BF16 | Float::F16 => 2,
+        }
+    }
+
+    /// The name that a model's `config.json` uses.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Float::F64 => "float64",
+            Float::F32 => "float32",
+            Float::BF16 => "bfloat16",
+            Float::F16 => "float16",
+        }
+    }
+}
+
+/// Number of elements of a shape; `None` on overflow.
+pub fn elements(shape: &[usize]) -> Option<usize> {
+    shape.iter().copied().try_fold(1usize, usize::checked_mul)
+}
+
+/// Whether a type is a floating-point number of any width.
+pub fn is_floating(dtype: DType) -> bool {
+    !matches!(
+        dtype,
+        DType::BOOL
+            | DType::U8
+            | DType::I8
+            | DType::I16
+            | DType::U16
+            | DType::I32
+            | DType::U32
+            | DType::I64
+            | DType::U64
+            | DType::C64
+    )
+}
+
+/// A tensor in an open file. Its container has checked that shape, type and bytes agree.
+#[derive(Clone)]
+pub struct Tensor {
+    /// Name in the file.
+    pub name: String,
+    /// Stored element type.
+    pub dtype: DType,
+    /// Dimensions, outermost first; row-major.
+    pub shape: Vec<usize>,
+    /// The file.
+    pub input: Arc<Input>,
+    /// First byte in the file.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} {} {:?} at {}",
+            self.name, self.dtype, self.shape, self.offset
+        )
+    }
+}
+
+impl Tensor {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The size of one dimension; 1 for a dimension that is not there.
+    pub fn dimension(&self, axis: usize) -> usize {
+        self.shape.get(axis).copied().unwrap_or(1)
+    }
+
+    /// The float type.
+    ///
+    /// # Errors
+    /// [`Reason::AdapterType`] for types without arithmetic.
+    pub fn float(&self) -> Result<Float> {
+        Float::of(self.dtype).ok_or_else(|| {
+            self.error(Reason::AdapterType {
+                dtype: self.dtype.to_string(),
+            })
+        })
+    }
+
+    /// An error about this tensor.
+    pub fn error(&self, reason: Reason) -> Error {
+        Error::new(reason)
+            .in_file(self.input.path())
+            .on(&*self.name)
+    }
+
+    /// All bytes, mapped where the file system can, read otherwise.
+    ///
+    /// # Errors
+    /// Those of [`Input::read_at`].
+    pub fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        self.bytes_of(0, self.length as usize)
+    }
+
+    /// Some bytes, mapped where the file system can, read otherwise.
+    ///
+    /// # Errors
+    /// Those of [`Input::read_at`].
+    pub fn bytes_of(&self, start: usize, length: usize) -> Result<Cow<'_, [u8]>> {
+        debug_assert!((start + length) as u64 <= self.length);
+        let offset = self.offset + start as u64;
+        if let Some(map) = self.input.map()
+            && let Some(bytes) = map.get(offset as usize..offset as usize + length)
+        {
+            return Ok(Cow::Borrowed(bytes));
+        }
+        let mut bytes = vec![0; length];
+        self.input.read_at(&mut bytes, offset)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// All elements, widened exactly to f64.
+    ///
+    /// # Errors
+    /// [`Reason::AdapterType`] for types without arithmetic; those of [`Input::read_at`].
+    pub fn to_f64(&self) -> Result<Vec<f64>> {
+        let float = self.float()?;
+        let bytes = self.bytes()?;
+        let mut values = vec![0.0; self.elements()];
+        widen(float, &bytes, &mut values);
+        Ok(values)
+    }
+}
+
+/// Widens stored elements exactly to f64. `bytes` holds `values.len()` elements.
+#[inline(always)]
+pub fn widen(float: Float, bytes: &[u8], values: &mut [f64]) {
+    debug_assert_eq!(bytes.len(), values.len() * float.size());
+    match float {
+        Float::F64 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(8)) {
+                *value = f64::from_bits(u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+            }
+        }
+        Float::F32 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(4)) {
+                let bits = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+                *value = f64::from(f32::from_bits(bits));
+            }
+        }
+        Float::BF16 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                let bits = u16::from_le_bytes(bytes.try_into().expect("two bytes"));
+                // The upper half of an f32, so no table or branch is needed.
+                *value = f64::from(f32::from_bits(u32::from(bits) << 16));
+            }
+        }
+        Float::F16 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                let bits = u16::from_le_bytes(bytes.try_into().expect("two bytes"));
+                *value = f64::from(widen_f16(bits));
+            }
+        }
+    }
+}
+
+/// Widens one binary16 to f32 without branches, so that loops vectorise.
+///
+/// The exponent is rebiased by multiplication, which also normalises subnormals exactly; infinities
+/// and NaNs keep their payload.
+#[inline(always)]
+fn widen_f16(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let sign = u32::from(bits & 0x8000) << 16;
+    // 2^112 moves the bias from 15 to 127.
+    let scaled = f32::from_bits(magnitude) * f32::from_bits(0x7780_0000);
+    let special = magnitude | 0x7f80_0000;
+    let finite = scaled.to_bits();
+    f32::from_bits(
+        sign | if bits & 0x7c00 == 0x7c00 {
+            special
+        } else {
+            finite
+        },
+    )
+}
+
+/// Rounds to the stored type: to nearest, ties to even, once. NaN stays NaN.
+///
+/// `half`'s own `from_f64` truncates to 32 bits before it rounds and is wrong close to ties
+/// (half 2.7.1: 1 + 2⁻⁸ + 2⁻⁴⁵ becomes bf16 1.0), so f64 goes to f32 *by rounding to odd*, after
+/// which the second rounding cannot err (Boldo and Melquiond, "Emulation of a FMA and correctly
+/// rounded sums", 2008: the wider type has at least two more bits).
+#[inline(always)]
+pub fn narrow(float: Float, values: &[f64], bytes: &mut [u8]) {
+    debug_assert_eq!(bytes.len(), values.len() * float.size());
+    match float {
+        Float::F64 => {
+            for (value, bytes) in values.iter().zip(bytes.chunks_exact_mut(8)) {
+                bytes.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        Float::F32 => {
+            for (value, bytes) in values.iter().zip(bytes.chunks_exact_mut(4)) {
+                bytes.copy_from_slice(&(*value as f32).to_le_bytes());
+            }
+        }
+        Float::BF16 => {
+            for (value, bytes) in values.iter().zip(bytes.chunks_exact_mut(2)) {
+                bytes.copy_from_slice(&narrow_bf16(round_to_odd(*value)).to_le_bytes());
+            }
+        }
+        Float::F16 => {
+            for (value, bytes) in values.iter().zip(bytes.chunks_exact_mut(2)) {
+                bytes.copy_from_slice(&narrow_f16(round_to_odd(*value)).to_le_bytes());
+            }
+        }
+    }
+}
+
+/// f64 to f32, rounded to odd: inexact results get an odd last bit, on the true side of nearest.
+#[inline(always)]
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let bits = nearest.to_bits();
+    let back = f64::from(nearest);
+    let toward_zero = back.abs() > value.abs();
+    let inexact = (back != value) & (value == value);
+    let odd = if toward_zero {
+        bits.wrapping_sub(1)
+    } else {
+        bits.wrapping_add(1)
+    };
+    f32::from_bits(if inexact & (bits & 1 == 0) { odd } else { bits })
+}
+
+/// f32 to bf16, to nearest even; NaN keeps sign and upper payload and becomes quiet.
+#[inline(always)]
+fn narrow_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 {
+        quiet
+    } else {
+        rounded
+    }) as u16
+}
+
+/// f32 to binary16, to nearest even, without branches; NaN becomes quiet.
+#[inline(always)]
+fn narrow_f16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    // Normal results: rebias the exponent (127 − 15 = 112) and round the 13 lost bits to even.
+    let rebiased = magnitude.wrapping_sub(112 << 23);
+    let normal = rebiased.wrapping_add(0xfff + ((rebiased >> 13) & 1)) >> 13;
+    // Subnormal results: adding 0.5 lets the hardware round at the last place of binary16 (2⁻²⁴).
+    let subnormal = (f32::from_bits(magnitude) + 0.5)
+        .to_bits()
+        .wrapping_sub(0.5f32.to_bits());
+    let finite = if magnitude < 113 << 23 {
+        subnormal
+    } else {
+        normal
+    };
+    // 65520 = 2¹⁶ − 2⁴ is the tie between the largest finite value and infinity; it rounds up.
+    let large = if magnitude >= 0x477f_f000 {
+        0x7c00
+    } else {
+        finite
+    };
+    let nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+    (sign | if magnitude > 0x7f80_0000 { nan } else { large }) as u16
+}
+
+/// Whether the stored element at `index` is NaN or infinite.
+pub fn is_finite_at(float: Float, bytes: &[u8], index: usize) -> bool {
+    let at = index * float.size();
+    let element = &bytes[at..at + float.size()];
+    match float {
+        Float::F64 => f64::from_le_bytes(element.try_into().expect("eight bytes")).is_finite(),
+        Float::F32 => f32::from_le_bytes(element.try_into().expect("four bytes")).is_finite(),
+        Float::BF16 => bf16::from_le_bytes(element.try_into().expect("two bytes")).is_finite(),
+        Float::F16 => f16::from_le_bytes(element.try_into().expect("two bytes")).is_finite(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_like_the_half_crate() {
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            let mut value = [0.0];
+            widen(Float::F16, &bytes, &mut value);
+            let expected = f16::from_bits(bits).to_f64();
+            assert!(
+                value[0] == expected || value[0].is_nan() && expected.is_nan(),
+                "{bits:#x}"
+            );
+            widen(Float::BF16, &bytes, &mut value);
+            let expected = bf16::from_bits(bits).to_f64();
+            assert!(
+                value[0] == expected || value[0].is_nan() && expected.is_nan(),
+                "{bits:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn narrowing_from_f32_values_equals_the_half_crate() {
+        for step in 0..(1u32 << 24) {
+            let value = f32::from_bits(step.wrapping_mul(257));
+            let (mut ours, theirs) = ([0; 2], bf16::from_f32(value));
+            narrow(Float::BF16, &[f64::from(value)], &mut ours);
+            let ours = bf16::from_le_bytes(ours);
+            assert!(
+                ours == theirs || ours.is_nan() && theirs.is_nan(),
+                "{value:e}"
+            );
+            let (mut ours, theirs) = ([0; 2], f16::from_f32(value));
+            narrow(Float::F16, &[f64::from(value)], &mut ours);
+            let ours = f16::from_le_bytes(ours);
+            assert!(
+                ours == theirs || ours.is_nan() && theirs.is_nan(),
+                "{value:e}"
+            );
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_once_beside_every_tie() {
+        for bits in (0..0x7c00u16).step_by(1) {
+            check_tie::<f16>(
+                Float::F16,
+                bits,
+                f16::from_bits(bits).to_f64(),
+                f16::from_bits(bits + 1).to_f64(),
+            );
+        }
+        for bits in 0..0x7f7fu16 {
+            check_tie::<bf16>(
+                Float::BF16,
+                bits,
+                bf16::from_bits(bits).to_f64(),
+                bf16::from_bits(bits + 1).to_f64(),
+            );
+        }
+    }
+
+    fn check_tie<T>(float: Float, bits: u16, low: f64, high: f64) {
+        if !high.is_finite() {
+            return;
+        }
+        let tie = low + (high - low) / 2.0; // exact: one more bit than the type has
+        let even = if bits & 1 == 0 { bits } else { bits + 1 };
+        for (value, expected) in [
+            (tie.next_down(), bits),
+            (tie, even),
+            (tie.next_up(), bits + 1),
+        ] {
+            for sign in [1.0, -1.0] {
+                let mut bytes = [0; 2];
+                narrow(float, &[sign * value], &mut bytes);
+                let expected = if sign < 0.0 {
+                    expected | 0x8000
+                } else {
+                    expected
+                };
+                assert_eq!(u16::from_le_bytes(bytes), expected, "{float:?} {value:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_value_that_half_gets_wrong_rounds_up() {
+        let mut bytes = [0; 2];
+        narrow(
+            Float::BF16,
+            &[1.0 + 2f64.powi(-8) + 2f64.powi(-45)],
+            &mut bytes,
+        );
+        assert_eq!(bf16::from_le_bytes(bytes).to_f32(), 1.0078125);
+    }
+
+    #[test]
+    fn overflow_rounds_to_infinity_only_beyond_the_last_tie() {
+        let mut bytes = [0; 2];
+        narrow(Float::F16, &[65519.999], &mut bytes);
+        assert_eq!(f16::from_le_bytes(bytes), f16::MAX);
+        narrow(Float::F16, &[65520.0], &mut bytes);
+        assert_eq!(f16::from_le_bytes(bytes), f16::INFINITY);
+        narrow(Float::F16, &[1e300], &mut bytes);
+        assert_eq!(f16::from_le_bytes(bytes), f16::INFINITY);
+        narrow(Float::BF16, &[-1e300], &mut bytes);
+        assert_eq!(bf16::from_le_bytes(bytes), bf16::NEG_INFINITY);
+    }
+}

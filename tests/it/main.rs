@@ -1,0 +1,4 @@
+//! One integration binary, a module per room.
+
+mod goldens;
+mod support;
