@@ -29,11 +29,11 @@ pub trait Container: Sync {
 
 /// Every container, in the order they are asked.
 pub static CONTAINERS: &[&dyn Container] = &[
+    &safetensors::Safetensors,
     &foreign::TorchZip,
     &foreign::LegacyPickle,
     &foreign::Numpy,
     &foreign::Gguf,
-    &safetensors::Safetensors,
 ];
 
 /// What a container says about its content.
