@@ -179,7 +179,7 @@ reasons! {
         NotInIndex { shard: String } => "`{shard}` holds it, but the index does not name it",
         TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
         NoAdapterConfig => "there is no `adapter_config.json` beside the weights",
-        NoAdapterWeights => "the folder holds an `adapter_config.json` but no `adapter_model.safetensors`",
+        NoAdapterWeights => "no `adapter_model.safetensors` and no other single file of tensors is in this folder",
         RoleMissing { role: &'static str, suffix: String } => "the {role} factor (`{suffix}`) is missing",
         UnknownKeys { count: usize } => "{count} keys are not understood",
         FactorShape { problem: String } => "{problem}",

@@ -86,6 +86,16 @@ impl NoticeKind {
     }
 }
 
+impl fmt::Display for NoticeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The name that it has in JSON.
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::String(name)) => f.write_str(&name),
+            _ => Err(fmt::Error),
+        }
+    }
+}
+
 impl Notice {
     /// A notice without a place.
     pub fn new(kind: NoticeKind, text: impl Into<String>) -> Self {

@@ -43,6 +43,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &spellings::XLABS,
     &spellings::DIFFUSERS_OLD,
     &spellings::DIFFUSERS_MID,
+    &spellings::KOHYA_DOUBLED,
     &spellings::KOHYA,
     &spellings::COMFYUI,
     &spellings::DIFFUSERS_NEW,

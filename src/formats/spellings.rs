@@ -181,6 +181,12 @@ pub(super) static DIFFUSERS_MID: Spelling = Spelling {
     rank: DOWN,
 };
 
+pub(super) static KOHYA_DOUBLED: Spelling = Spelling {
+    name: "almost kohya (prefix written twice)",
+    recognises: |found| any(found, |name| name.starts_with("lora_unet_unet_")),
+    rank: DOWN,
+};
+
 pub(super) static KOHYA: Spelling = Spelling {
     name: "kohya",
     recognises: |found| {

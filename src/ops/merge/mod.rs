@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::checkpoint::sink::Faults;
 use crate::error::{Error, Reason, Result};
 use crate::formats::ReadOptions;
+use crate::notice::Notice;
 use crate::tensor::Float;
 
 mod embeddings;
 mod layout;
 mod place;
-mod plan;
+pub(super) mod plan;
 mod report;
 mod run;
 
@@ -93,4 +94,12 @@ impl Control<'_> {
 /// Whatever is wrong, with all cases listed: see [`crate::Kind`].
 pub fn plan(options: &Options) -> Result<Plan> {
     plan::plan(options)
+}
+
+/// Checks that adapters fit a base, as [`plan`] does, without an output; returns what is odd.
+///
+/// # Errors
+/// As [`plan`], less what concerns the output.
+pub fn fits(options: &Options) -> Result<Vec<Notice>> {
+    plan::fits(options)
 }

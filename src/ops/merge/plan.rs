@@ -139,17 +139,62 @@ struct Missing {
 }
 
 pub(super) fn plan(options: &Options) -> Result<Plan> {
-    if options.adapters.is_empty() {
-        return Err(Error::new(Reason::NoAdapter));
-    }
     let kernel = kernel(options)?;
     let base = open_base(options)?;
     let adapters = open_adapters(options)?;
+    let Resolved {
+        tensors,
+        edits,
+        mut notices,
+        left_out,
+    } = resolve(options, &base, &adapters)?;
+    let shape = output_shape(&base, &options.output);
+    let companions = match (base.is_folder, shape) {
+        (true, Shape::Folder) => companions(&base.path)?,
+        _ => Companions::default(),
+    };
+    if shape == Shape::Folder {
+        own_tokenizers(&adapters, &mut notices);
+    }
+    let files = layout::files(&base, tensors, options.shard_size, shape, &options.output)?;
+    let options = options.clone();
+    let plan = Plan {
+        options,
+        base,
+        adapters,
+        files,
+        edits,
+        companions,
+        kernel,
+        shape,
+        notices,
+        left_out,
+    };
+    plan.destination(Faults::default())?
+        .check_space(plan.disk_needed())?;
+    Ok(plan)
+}
+
+/// Plans as far as an output is not needed, and returns what is odd.
+pub(super) fn fits(options: &Options) -> Result<Vec<Notice>> {
+    let base = open_base(options)?;
+    let adapters = open_adapters(options)?;
+    Ok(resolve(options, &base, &adapters)?.notices)
+}
+
+/// Every tensor of the output, with what happens to it.
+struct Resolved {
+    tensors: Vec<PlannedTensor>,
+    edits: Vec<Edit>,
+    notices: Vec<Notice>,
+    left_out: Vec<String>,
+}
+
+fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<Resolved> {
     if let Some(how) = base.quantisation() {
         return Err(Error::new(Reason::QuantisedBase { how }).in_file(&base.path));
     }
-    let shape = output_shape(&base, &options.output);
-    let mut planner = Planner::new(options, &base, &adapters)?;
+    let mut planner = Planner::new(options, base, adapters)?;
     planner.read_notices();
     for index in 0..adapters.len() {
         planner.replacements(index)?;
@@ -169,34 +214,17 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         ..
     } = planner;
     if let Some(ties) = ties {
-        embeddings::settle(ties, &adapters, &mut tensors, &mut notices, &mut edits)?;
+        embeddings::settle(ties, adapters, &mut tensors, &mut notices, &mut edits)?;
     }
-    convert(options, &base, &mut tensors, &mut edits)?;
-    notices.extend(scan(options, &adapters)?);
+    convert(options, base, &mut tensors, &mut edits)?;
+    notices.extend(scan(options, adapters)?);
     notices.extend(base.notices.iter().cloned());
-    let companions = match (base.is_folder, shape) {
-        (true, Shape::Folder) => companions(&base.path)?,
-        _ => Companions::default(),
-    };
-    if shape == Shape::Folder {
-        own_tokenizers(&adapters, &mut notices);
-    }
-    let files = layout::files(&base, tensors, options.shard_size, shape, &options.output)?;
-    let plan = Plan {
-        options: options.clone(),
-        base,
-        adapters,
-        files,
+    Ok(Resolved {
+        tensors,
         edits,
-        companions,
-        kernel,
-        shape,
         notices,
         left_out: missing.names,
-    };
-    plan.destination(Faults::default())?
-        .check_space(plan.disk_needed())?;
-    Ok(plan)
+    })
 }
 
 impl Plan {
@@ -287,6 +315,9 @@ fn open_base(options: &Options) -> Result<Checkpoint> {
 }
 
 fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
+    if options.adapters.is_empty() {
+        return Err(Error::new(Reason::NoAdapter));
+    }
     let mut opened = Vec::new();
     for selection in &options.adapters {
         if !selection.strength.is_finite() {

@@ -1,0 +1,366 @@
+//! `loratool merge`
+
+use std::io::IsTerminal;
+
+use clap::{ArgMatches, Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use loratool::formats::ReadOptions;
+use loratool::ops::merge::{Control, Options, Report, Selection, plan};
+use loratool::tensor::Float;
+use loratool::{Error, Reason};
+
+use super::render::{self, Fields, Stderr, bytes, folded, grouped};
+use super::{Common, Outcome, Path, cancel_flag};
+
+/// Write adapters into a base, so that serving the result costs nothing extra.
+///
+/// The result is the exact sum, rounded once to the type of each tensor; the same bytes on every machine
+/// and with any number of threads. It appears complete or not at all, and inputs are never changed.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  loratool merge --base llama/ --adapter my-lora/ --output merged/
+  loratool merge --base llama/ --adapter a/ --strength 0.7 --adapter b/ --strength -0.3 --output merged/
+  loratool merge --base model.safetensors --adapter lora/ --output merged.safetensors --dtype f16
+  loratool merge --base llama/ --adapter my-lora/ --output merged/ --dry-run
+
+Each --strength and --strength-for belongs to the --adapter before it; --strength-for before the first
+--adapter belongs to all of them.")]
+pub(super) struct Merge {
+    /// A .safetensors file, or a folder with one or with an index and its shards
+    #[arg(long, value_name = "PATH")]
+    base: Path,
+    /// An adapter folder, or its file of tensors with the configuration beside it (repeatable)
+    #[arg(long, value_name = "PATH", required = true)]
+    adapter: Vec<Path>,
+    /// Multiplier of the adapter before it; negative takes away
+    #[arg(long, value_name = "NUMBER", default_value = "1", allow_negative_numbers = true, visible_aliases = ["weight", "ratio"])]
+    strength: Vec<f64>,
+    /// Strength of modules whose path the pattern finds; the first match counts (repeatable)
+    #[arg(long, value_name = "REGEX=NUMBER")]
+    strength_for: Vec<String>,
+    /// Merge only modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    only: Vec<String>,
+    /// Leave out modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    skip: Vec<String>,
+    /// A folder; or a file, if the base is a file and this ends in .safetensors
+    #[arg(long, short, value_name = "PATH")]
+    output: Path,
+    /// Type of all floating tensors of the result
+    #[arg(long, value_enum, default_value_t = Type::Keep)]
+    dtype: Type,
+    /// Cut the result into shards of at most this size, such as 5GB or 512MiB
+    #[arg(long, value_name = "SIZE")]
+    shard_size: Option<String>,
+    /// Replace an existing output, in one step at the end
+    #[arg(long)]
+    force: bool,
+    /// Print the plan and write nothing
+    #[arg(long, short = 'n')]
+    dry_run: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+    /// Leave out what has no place in the base
+    #[arg(long)]
+    allow_unmatched: bool,
+    /// Write NaN and infinities where the base is finite
+    #[arg(long)]
+    allow_nonfinite: bool,
+    /// Print warnings and errors only
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    pub(super) common: Common,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Type {
+    /// Each tensor's own
+    Keep,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// Forces an arithmetic kernel by name, so that tests reach all of them.
+const KERNEL: &str = "LORATOOL_KERNEL";
+
+impl Merge {
+    pub(super) fn run(self, matches: &ArgMatches) -> Outcome {
+        let options = self.options(matches)?;
+        let plan = plan(&options)?;
+        let stderr = Stderr::new();
+        if self.dry_run {
+            let report = plan.report();
+            stderr.notices(&report.notices);
+            self.tell(&report);
+            return Ok(0);
+        }
+        let bar = self.bar();
+        let progress = |done: u64, total: u64| {
+            bar.set_length(total);
+            bar.set_position(done);
+        };
+        let control = Control {
+            progress: Some(&progress),
+            cancel: cancel_flag(),
+            ..Control::default()
+        };
+        let result = plan.run(&control);
+        bar.finish_and_clear();
+        let report = result.inspect_err(|_| stderr.notices(&plan.report().notices))?;
+        stderr.notices(&report.notices);
+        self.tell(&report);
+        Ok(0)
+    }
+
+    fn options(&self, matches: &ArgMatches) -> Result<Options, Error> {
+        Ok(Options {
+            base: self.base.clone(),
+            adapters: self.selections(matches)?,
+            output: self.output.clone(),
+            only: self.only.clone(),
+            skip: self.skip.clone(),
+            dtype: match self.dtype {
+                Type::Keep => None,
+                Type::F32 => Some(Float::F32),
+                Type::Bf16 => Some(Float::BF16),
+                Type::F16 => Some(Float::F16),
+            },
+            force: self.force,
+            shard_size: self.shard_size.as_deref().map(size).transpose()?,
+            threads: self.threads.map(usize::from),
+            allow_unmatched: self.allow_unmatched,
+            allow_nonfinite: self.allow_nonfinite,
+            read: ReadOptions {
+                allow_unknown_config: self.common.allow_unknown_config.clone(),
+            },
+            kernel: std::env::var(KERNEL).ok().filter(|name| !name.is_empty()),
+        })
+    }
+
+    /// Gives each strength to the adapter before it on the command line.
+    fn selections(&self, matches: &ArgMatches) -> Result<Vec<Selection>, Error> {
+        let given =
+            |name: &str| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine);
+        let indices = |name: &str| -> Vec<usize> {
+            if given(name) {
+                matches.indices_of(name).into_iter().flatten().collect()
+            } else {
+                Vec::new()
+            }
+        };
+        let adapters = indices("adapter");
+        let owner = |at: usize| adapters.iter().rposition(|adapter| *adapter < at);
+        let mut selections: Vec<Selection> = self
+            .adapter
+            .iter()
+            .map(|path| Selection {
+                path: path.clone(),
+                strength: 1.0,
+                strength_for: Vec::new(),
+            })
+            .collect();
+        let mut strengths = vec![false; selections.len()];
+        for (at, strength) in indices("strength").into_iter().zip(&self.strength) {
+            let wrong = |problem: &str| {
+                let text = format!("--strength {strength}");
+                Error::new(Reason::BadOption {
+                    text,
+                    problem: problem.to_owned(),
+                })
+            };
+            let owner = owner(at).ok_or_else(|| wrong("no --adapter stands before it"))?;
+            if std::mem::replace(&mut strengths[owner], true) {
+                return Err(wrong("the adapter before it has a strength already"));
+            }
+            selections[owner].strength = *strength;
+        }
+        for (at, text) in indices("strength_for").into_iter().zip(&self.strength_for) {
+            let rule = strength_for(text)?;
+            match owner(at) {
+                Some(owner) => selections[owner].strength_for.push(rule),
+                None => selections
+                    .iter_mut()
+                    .for_each(|selection| selection.strength_for.push(rule.clone())),
+            }
+        }
+        Ok(selections)
+    }
+
+    fn bar(&self) -> ProgressBar {
+        let hidden = self.quiet || self.common.json || !std::io::stderr().is_terminal();
+        let target = if hidden {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
+        let style = ProgressStyle::with_template(
+            "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+        ProgressBar::with_draw_target(Some(0), target).with_style(style)
+    }
+
+    fn tell(&self, report: &Report) {
+        if self.common.json {
+            render::json(report);
+        } else if !self.quiet {
+            print(report);
+        }
+    }
+}
+
+fn strength_for(text: &str) -> Result<(String, f64), Error> {
+    let wrong = || {
+        let problem = "expected REGEX=NUMBER".to_owned();
+        Error::new(Reason::BadOption {
+            text: format!("--strength-for {text}"),
+            problem,
+        })
+    };
+    let (pattern, number) = text.rsplit_once('=').ok_or_else(wrong)?;
+    let strength: f64 = number.trim().parse().map_err(|_| wrong())?;
+    Ok((pattern.to_owned(), strength))
+}
+
+fn size(text: &str) -> Result<u64, Error> {
+    const UNITS: &[(&str, u64)] = &[
+        ("kib", 1 << 10),
+        ("mib", 1 << 20),
+        ("gib", 1 << 30),
+        ("tib", 1 << 40),
+        ("kb", 1_000),
+        ("mb", 1_000_000),
+        ("gb", 1_000_000_000),
+        ("tb", 1_000_000_000_000),
+        ("b", 1),
+    ];
+    let wrong = || {
+        Error::new(Reason::BadSize {
+            text: text.to_owned(),
+        })
+    };
+    let lower = text.trim().to_ascii_lowercase();
+    let (number, unit) = UNITS
+        .iter()
+        .find_map(|(name, unit)| Some((lower.strip_suffix(name)?, *unit)))
+        .unwrap_or((lower.as_str(), 1));
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    let bytes = number * unit as f64;
+    if bytes.is_finite() && (1.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err(wrong())
+    }
+}
+
+fn print(report: &Report) {
+    let title = if report.dry_run {
+        "would merge into"
+    } else {
+        "merged into"
+    };
+    let mut fields = Fields::new(&format!("{title} {}", report.output));
+    fields.add("base", &report.base);
+    for (index, adapter) in report.adapters.iter().enumerate() {
+        let name = if report.adapters.len() == 1 {
+            "adapter".to_owned()
+        } else {
+            format!("adapter {}", index + 1)
+        };
+        fields.add(
+            &name,
+            format!(
+                "{} ({}), strength {}",
+                adapter.path, adapter.format, adapter.strength
+            ),
+        );
+    }
+    let paths: Vec<String> = report
+        .modules
+        .iter()
+        .filter(|module| module.part == "weight")
+        .map(|module| match module.rank {
+            Some(rank) => format!(
+                "{} {} rank {rank}, scale {}",
+                module.path, module.method, module.scale.value
+            ),
+            None => format!("{} {}", module.path, module.method),
+        })
+        .collect();
+    fields.add("modules", grouped(paths.len() as u64));
+    if report.dry_run {
+        let plan: Vec<String> = report
+            .modules
+            .iter()
+            .map(|module| {
+                format!(
+                    "{} -> {} rows {}..{} {} {} x {}",
+                    module.path,
+                    module.tensor,
+                    module.rows[0],
+                    module.rows[1],
+                    module.method,
+                    module.strength,
+                    module.scale.value
+                )
+            })
+            .collect();
+        // Every line: that is what a dry run is for.
+        fields.list("plan", &plan);
+    } else {
+        fields.list("", &folded(&paths));
+    }
+    for change in &report.changes {
+        if let Some(relative) = change.relative {
+            let text = format!(
+                "{:>9.3} %  {} ({})",
+                relative * 100.0,
+                change.kind,
+                change.tensors
+            );
+            fields.add("change", text);
+        }
+    }
+    fields.list("replaced", &folded(&report.replaced));
+    fields.list("added", &folded(&report.added));
+    for (tensor, rows) in &report.token_rows {
+        fields.add("token rows", format!("{} of {tensor}", rows.len()));
+    }
+    fields.list("left out", &folded(&report.left_out));
+    for edit in &report.config {
+        fields.add("config", format!("{} = {}", edit.field, edit.value));
+    }
+    fields.list("copied", &folded(&report.copied));
+    fields.list("not copied", &folded(&report.not_copied));
+    let files: Vec<String> = report
+        .files
+        .iter()
+        .map(|file| format!("{} ({})", file.name, bytes(file.bytes)))
+        .collect();
+    fields.list("files", &folded(&files));
+    if report.not_finite > 0 {
+        fields.add(
+            "not finite",
+            format!("{} values", grouped(report.not_finite)),
+        );
+    }
+    fields.add("disk", bytes(report.disk));
+    if report.dry_run {
+        fields.add("memory", format!("about {}", bytes(report.memory)));
+    }
+    if let Some(seconds) = report.seconds {
+        fields.add(
+            "time",
+            format!(
+                "{seconds:.2} s with {} threads ({})",
+                report.threads, report.kernel
+            ),
+        );
+    }
+    fields.print();
+}

@@ -1,0 +1,142 @@
+//! The command line: one command per file, over the public API of the library only.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use loratool::Error;
+
+mod check;
+mod inspect;
+mod manual;
+mod merge;
+mod render;
+
+use render::Stderr;
+
+/// Merge LoRA adapters into checkpoints, and look at both, without Python and without loading a model.
+#[derive(Parser)]
+#[command(name = "loratool", version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Merge(merge::Merge),
+    Inspect(inspect::Inspect),
+    Check(check::Check),
+    Completions(manual::Completions),
+    Man(manual::Man),
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0 done, or clean        5 not supported          10 NaN or infinity in the result
+  1 check: something odd  6 parts do not agree     11 an input changed meanwhile
+  2 wrong call            7 no place in the base   12 interrupted, nothing changed
+  3 reading or writing    8 a limit was reached    70 a bug in loratool
+  4 malformed file        9 output refused";
+
+/// The exit code of a panic, as `sysexits.h` has it for software errors.
+const BUG: u8 = 70;
+
+/// What every command takes.
+#[derive(Args, Clone, Debug)]
+struct Common {
+    /// Print one JSON document on standard output (schema in docs/report.md)
+    #[arg(long)]
+    json: bool,
+    /// Accept this configuration field although it is unknown (repeatable)
+    #[arg(long, value_name = "NAME")]
+    allow_unknown_config: Vec<String>,
+}
+
+/// Runs the command line and never panics through.
+pub(crate) fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|info| {
+        let text = info.to_string().replace('\n', ": ");
+        let _ = writeln!(
+            io::stderr(),
+            "loratool: a bug: {}",
+            loratool::printable(&text)
+        );
+    }));
+    let code = std::panic::catch_unwind(|| {
+        let matches = Cli::command().get_matches();
+        match Cli::from_arg_matches(&matches) {
+            Ok(cli) => run(cli.command, &matches),
+            Err(error) => error.exit(),
+        }
+    });
+    ExitCode::from(code.unwrap_or(BUG))
+}
+
+fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
+    loratool::mapped::guard_against_truncation();
+    ignore_file_size_signal();
+    let (json, result) = match command {
+        Command::Merge(command) => {
+            let matches = matches
+                .subcommand_matches("merge")
+                .expect("this command was parsed");
+            (command.common.json, command.run(matches))
+        }
+        Command::Inspect(command) => (command.common.json, command.run()),
+        Command::Check(command) => (command.common.json, command.run()),
+        Command::Completions(command) => (false, command.run(Cli::command())),
+        Command::Man(command) => (false, command.run(Cli::command())),
+    };
+    result.unwrap_or_else(|error| {
+        if json {
+            let problem = loratool::ops::inspect::Problem::of(&error);
+            render::json(&serde_json::json!({ "schema": 1, "error": problem }));
+        }
+        Stderr::new().error(&error);
+        error.kind().exit_code()
+    })
+}
+
+/// Writing beyond `ulimit -f` must be an error of that write, not the death of the process.
+fn ignore_file_size_signal() {
+    #[cfg(unix)]
+    {
+        let _ =
+            signal_hook::flag::register(libc_signals::SIGXFSZ, Arc::new(AtomicBool::new(false)));
+    }
+}
+
+#[cfg(unix)]
+mod libc_signals {
+    pub(super) const SIGXFSZ: i32 = signal_hook::consts::SIGXFSZ;
+}
+
+/// A flag that becomes true on SIGINT, SIGTERM or SIGHUP.
+fn cancel_flag() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    #[cfg(unix)]
+    let signals = [
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ];
+    #[cfg(not(unix))]
+    let signals = [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM];
+    for signal in signals {
+        if signal_hook::flag::register(signal, flag.clone()).is_err() {
+            // Without the handler the signal kills, and the next run sweeps what is left.
+            flag.store(false, Ordering::Relaxed);
+        }
+    }
+    flag
+}
+
+/// A path argument.
+type Path = PathBuf;
+
+/// What a command gives: an exit code, or an error that has its own.
+type Outcome = Result<u8, Error>;
