@@ -123,12 +123,16 @@ impl Recipe {
         }
         kernel.narrow(self.to, value, result);
         let mut sums = Sums::default();
+        let limit = overflow(self.to);
         for (index, row) in rows.enumerate() {
             let range = index * self.columns..(index + 1) * self.columns;
-            self.keep_bits(row, range.clone(), source, result, base, value, &mut sums)?;
-            let (delta, square) = squares(&base[range.clone()], &value[range]);
-            sums.delta += delta;
-            sums.base += square;
+            let mut survey = kernel.survey(&base[range.clone()], &value[range.clone()], limit);
+            if survey.care {
+                self.keep_bits(row, range.clone(), source, result, base, value, &mut sums)?;
+                survey = kernel.survey(&base[range.clone()], &value[range], limit);
+            }
+            sums.delta += survey.delta;
+            sums.base += survey.base;
         }
         Ok(sums)
     }
@@ -148,9 +152,6 @@ impl Recipe {
         value: &mut [f64],
         sums: &mut Sums,
     ) -> Result<()> {
-        if !needs_care(&base[range.clone()], &value[range.clone()], self.to) {
-            return Ok(());
-        }
         for (column, index) in range.enumerate() {
             if !base[index].is_finite() {
                 sums.base_not_finite += 1;
@@ -204,23 +205,8 @@ fn overlap(block: &Range<usize>, step: &Range<usize>) -> Option<(Range<usize>, R
     })
 }
 
-/// Whether a row holds an element that must be looked at one by one: a base that is not finite, a
-/// result that is not finite after rounding, or a −0 whose value came out as zero.
-#[inline]
-fn needs_care(base: &[f64], value: &[f64], to: Float) -> bool {
-    let limit = largest_before_overflow(to);
-    let mut care = false;
-    for (base, value) in base.iter().zip(value) {
-        let odd_base = !(base.abs() < f64::INFINITY);
-        let odd_value = !(value.abs() < limit);
-        let zero = (base.to_bits() == 1 << 63) & (*value == 0.0);
-        care |= odd_base | odd_value | zero;
-    }
-    care
-}
-
 /// The smallest magnitude that rounds to infinity: the tie above the largest finite value.
-fn largest_before_overflow(to: Float) -> f64 {
+fn overflow(to: Float) -> f64 {
     match to {
         Float::F64 => f64::INFINITY,
         Float::F32 => 2f64.powi(128) - 2f64.powi(103),
@@ -231,29 +217,4 @@ fn largest_before_overflow(to: Float) -> f64 {
 
 fn is_negative_zero(value: f64) -> bool {
     value.to_bits() == 1 << 63
-}
-
-/// Σ (value − base)² and Σ base² in eight interleaved partial sums, an order that vectorises.
-#[inline]
-fn squares(base: &[f64], value: &[f64]) -> (f64, f64) {
-    let (mut deltas, mut bases) = ([0.0; 8], [0.0; 8]);
-    let (base_chunks, value_chunks) = (base.chunks_exact(8), value.chunks_exact(8));
-    for (index, (base, value)) in base_chunks
-        .remainder()
-        .iter()
-        .zip(value_chunks.remainder())
-        .enumerate()
-    {
-        let delta = value - base;
-        deltas[index] += delta * delta;
-        bases[index] += base * base;
-    }
-    for (base, value) in base_chunks.zip(value_chunks) {
-        for lane in 0..8 {
-            let delta = value[lane] - base[lane];
-            deltas[lane] += delta * delta;
-            bases[lane] += base[lane] * base[lane];
-        }
-    }
-    (deltas.iter().sum(), bases.iter().sum())
 }

@@ -7,5 +7,5 @@
 mod lanes;
 mod panels;
 
-pub use lanes::{KERNELS, Kernel};
+pub use lanes::{KERNELS, Kernel, Survey};
 pub use panels::{LANES, Panels};
