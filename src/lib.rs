@@ -50,4 +50,4 @@ mod printable;
 pub mod tensor;
 
 pub use error::{Error, Kind, Reason, Result};
-pub use printable::printable;
+pub use printable::{printable, printable_json};

@@ -39,6 +39,28 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// Returns a JSON text in which every character that could act on a terminal is an escape.
+///
+/// JSON itself only asks for C0 controls to be escaped; the document stays equal in value. Line breaks
+/// between values stay.
+///
+/// ```
+/// assert_eq!(loratool::printable_json("{\"\u{9b}\": 1}"), "{\"\\u009b\": 1}");
+/// ```
+pub fn printable_json(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character != '\n' && acts_on_a_terminal(character) {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                shown.push_str(&format!("\\u{unit:04x}"));
+            }
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
 /// Whether a character must not reach a terminal as it is.
 pub(crate) fn acts_on_a_terminal(character: char) -> bool {
     character.is_control()

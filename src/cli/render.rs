@@ -6,7 +6,7 @@ use std::io::{self, Write};
 
 use loratool::naming::fold::fold;
 use loratool::notice::{Notice, NoticeKind};
-use loratool::{Error, printable};
+use loratool::{Error, printable, printable_json};
 
 /// Lines of a list that people get to see; JSON has all of them.
 const LINES: usize = 10;
@@ -20,7 +20,7 @@ const LINE: usize = 600;
 /// Writes a JSON document to standard output.
 pub(super) fn json(value: &impl serde::Serialize) {
     let text = serde_json::to_string_pretty(value).unwrap_or_else(|_| "{}".to_owned());
-    out(&text);
+    out(&printable_json(&text));
 }
 
 /// Writes text to standard output; a reader that left is no error.

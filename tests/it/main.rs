@@ -1,4 +1,7 @@
 //! One integration binary, a module per room.
 
+#[cfg(feature = "cli")]
+mod cli;
 mod goldens;
+mod real_adapters;
 mod support;

@@ -1,0 +1,208 @@
+//! Files of other people: a right description or a clear refusal for each of them.
+
+use std::path::{Path, PathBuf};
+
+use loratool::Kind;
+use loratool::formats::ReadOptions;
+use loratool::ops::inspect::{Inspection, inspect};
+
+/// The folder with the files, which is shared beside the project and not part of it.
+fn folder() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/real-adapters");
+    if folder.is_dir() {
+        return Some(folder);
+    }
+    println!("skipped: ../shared/real-adapters is not there");
+    None
+}
+
+fn described(name: &str) -> Option<Inspection> {
+    let folder = folder()?;
+    Some(
+        inspect(&folder.join(name), &ReadOptions::default())
+            .unwrap_or_else(|error| panic!("{name}: {error}")),
+    )
+}
+
+/// Name, modules, ranks, scale, and a word that some notice holds.
+const READ: &[(&str, usize, &[usize], f64, &str)] = &[
+    ("diffusers-new-sd15-peft-twin", 96, &[4], 4.0, ""),
+    ("peft-bert-r1-dupmods", 24, &[1], 1.0, ""),
+    ("peft-bert-seqcls", 24, &[8], 4.0, ""),
+    ("peft-bloom560m-r4", 24, &[4], 0.25, "trains biases"),
+    ("peft-distilbert-020", 12, &[8], 2.0, ""),
+    ("peft-distilbert-r4-nohead", 12, &[4], 4.0, ""),
+    ("peft-distilgpt2-nofan", 6, &[8], 4.0, ""),
+    ("peft-gemma3-270m", 72, &[4], 4.0, ""),
+    ("peft-gpt2-dora", 24, &[8], 2.0, ""),
+    ("peft-gpt2-noconfig", 12, &[8], 4.0, ""),
+    ("peft-gpt2-r4-a16", 36, &[4], 4.0, "trains biases"),
+    ("peft-gpt2-r8-a2", 12, &[8], 0.25, "trains biases"),
+    ("peft-gpt2-seqcls", 36, &[8], 4.0, ""),
+    ("peft-gpt2-seqcls-implicit-head", 12, &[8], 2.0, ""),
+    ("peft-minilm", 12, &[8], 2.0, ""),
+    ("peft-moe-attn-tokencls", 32, &[16], 2.0, ""),
+    ("peft-opencalm1b-f16-r1", 24, &[1], 32.0, ""),
+    ("peft-opt125m-bf16", 24, &[16], 2.0, ""),
+    ("peft-roberta-feature-plus-head", 24, &[8], 2.0, ""),
+    ("peft-sd15-unet", 128, &[4], 4.0, ""),
+    ("peft-smollm2", 60, &[8], 2.0, ""),
+    ("peft-t5small", 36, &[8], 2.0, ""),
+    ("peft-vit-fc", 36, &[8], 2.0, ""),
+    ("peft-whisper-small", 72, &[8], 4.0, ""),
+];
+
+#[test]
+fn every_peft_folder_is_described_as_it_will_be_applied() {
+    for (name, modules, ranks, scale, word) in READ {
+        let Some(found) = described(name) else { return };
+        let adapter = found
+            .adapter
+            .as_ref()
+            .unwrap_or_else(|| panic!("{name}: {:?}", found.problem));
+        assert_eq!(adapter.modules.len(), *modules, "{name}");
+        assert_eq!(
+            adapter.ranks.keys().copied().collect::<Vec<_>>(),
+            *ranks,
+            "{name}"
+        );
+        assert!(
+            adapter
+                .scales
+                .iter()
+                .all(|(found, _)| found.value == *scale),
+            "{name}: {:?}",
+            adapter.scales
+        );
+        assert!(
+            word.is_empty()
+                || found
+                    .notices
+                    .iter()
+                    .any(|notice| notice.text.contains(word)),
+            "{name}"
+        );
+        assert_eq!(found.exit_code(), 0, "{name}");
+    }
+}
+
+#[test]
+fn other_spellings_are_named_and_described() {
+    for (name, format, modules, rank) in [
+        ("simo-disney-pti", "cloneofsimo", 192, 1),
+        (
+            "diffusers-old-sd15-st",
+            "diffusers (attention processors)",
+            128,
+            4,
+        ),
+        (
+            "diffusers-mid-sd15",
+            "diffusers (lora.down, lora.up)",
+            128,
+            4,
+        ),
+        (
+            "diffusers-new-sd15-metadata",
+            "diffusers (PEFT names)",
+            96,
+            4,
+        ),
+        (
+            "kohyaish-double-prefix",
+            "almost kohya (prefix written twice)",
+            128,
+            4,
+        ),
+        (
+            "aitoolkit-flux-partial-f16",
+            "diffusers (PEFT names)",
+            4,
+            16,
+        ),
+        ("mlx-st-gemma2b-4layers", "MLX", 8, 8),
+        ("peft-distilgpt2-adalora", "PEFT", 12, 12),
+    ] {
+        let Some(found) = described(name) else { return };
+        assert_eq!(found.format.as_deref(), Some(format), "{name}");
+        let summary = found
+            .summary
+            .as_ref()
+            .unwrap_or_else(|| panic!("{name} has no summary"));
+        assert_eq!(summary.modules, modules, "{name}");
+        assert_eq!(
+            summary.ranks.keys().copied().collect::<Vec<_>>(),
+            [rank],
+            "{name}"
+        );
+        assert_eq!(found.exit_code(), 0, "{name}: readable, only not mergeable");
+        assert!(found.problem.is_some());
+    }
+    for name in ["custom-sam-lora-r4", "custom-sam-lora-zerob"] {
+        let Some(found) = described(name) else { return };
+        assert!(
+            found
+                .format
+                .is_some_and(|format| format.starts_with("home-made")),
+            "{name}"
+        );
+    }
+    let Some(found) = described("ti-st-test-embedding") else {
+        return;
+    };
+    assert_eq!(found.format.as_deref(), Some("textual inversion"));
+}
+
+#[test]
+fn full_checkpoints_are_described_as_such() {
+    for name in ["base-tinyllm-gpt2-a", "base-ttm-a", "base-ttm-b"] {
+        let Some(found) = described(name) else { return };
+        assert_eq!(found.what, "checkpoint", "{name}");
+        assert!(found.adapter.is_none());
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_refused_by_name() {
+    let Some(folder) = folder() else { return };
+    for (name, kind, word) in [
+        ("gguf-taesd-decoder", Kind::Unsupported, "GGUF"),
+        ("loralib-roberta-mnli", Kind::Unsupported, "torch"),
+        ("mlx-npz-7b-16layers-r4", Kind::Unsupported, "npz"),
+        ("peft-bloomz-prompt-tuning", Kind::Unsupported, "torch"),
+        ("peft-tinyllama-bin", Kind::Unsupported, "torch"),
+        ("peft02-bloom560m-mergedlinear", Kind::Unsupported, "torch"),
+        ("simo-kiriko2-te-list-pt", Kind::Unsupported, "torch"),
+        ("simo-kiriko2-ti-pt", Kind::Unsupported, "torch"),
+        ("ti-sd-birb-bin", Kind::Unsupported, "torch"),
+        ("odd-empty-safetensors", Kind::Malformed, "no tensor"),
+        ("odd-lfs-pointer", Kind::Malformed, "LFS"),
+        (
+            "odd-offsets-in-elements",
+            Kind::Malformed,
+            "need 1024 bytes",
+        ),
+    ] {
+        let error = match inspect(&folder.join(name), &ReadOptions::default()) {
+            Err(error) => error,
+            Ok(found) => panic!("{name} was read: {found:?}"),
+        };
+        assert_eq!(error.kind(), kind, "{name}: {error}");
+        assert!(error.to_string().contains(word), "{name}: {error}");
+    }
+}
+
+#[test]
+fn no_folder_is_forgotten() {
+    let Some(folder) = folder() else { return };
+    let text = include_str!("real_adapters.rs");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let is_case = entry.path().is_dir() && name != "key-lists";
+        assert!(
+            !is_case || text.contains(&format!("\"{name}\"")),
+            "{name} is tested nowhere"
+        );
+    }
+}
