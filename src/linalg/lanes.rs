@@ -112,6 +112,10 @@ impl Kernel {
     /// `left` is rows × rank; `value` is rows × `stride`, of which the columns
     /// `first .. first + right.columns()` are changed. `exact_products` says that both factors hold values of
     /// f32 or narrower, so that products are exact in f64.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "two matrices, their product's place and what is known of it"
+    )]
     pub fn add_low_rank(
         &self,
         left: &[f64],

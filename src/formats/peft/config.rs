@@ -364,7 +364,7 @@ fn alpha(object: &Object) -> Result<f64> {
 }
 
 fn positive(value: f64) -> Option<usize> {
-    (value >= 1.0 && value <= 1e9 && value.fract() == 0.0).then_some(value as usize)
+    ((1.0..=1e9).contains(&value) && value.fract() == 0.0).then_some(value as usize)
 }
 
 fn flag(object: &Object, name: &'static str) -> Result<bool> {
