@@ -7,16 +7,16 @@ use loratool::tensor::Float;
 
 use crate::support::{fixture, merge, options, tensor};
 
-struct Case {
-    name: String,
-    folder: PathBuf,
-    base: PathBuf,
+pub(crate) struct Case {
+    pub(crate) name: String,
+    pub(crate) folder: PathBuf,
+    pub(crate) base: PathBuf,
     tolerance: f64,
     /// PEFT rounded more than once: 16-bit factors, `safe_merge`, embeddings.
     several_roundings: bool,
 }
 
-fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let mut names: Vec<PathBuf> = std::fs::read_dir(fixture("peft/cases"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -43,7 +43,7 @@ fn cases() -> Vec<Case> {
 
 /// Cases in which PEFT's own merge changes the function (`function_gap` in their `case.json`): the
 /// result is checked against what the adapted model computes, in tests of their own.
-const NOT_A_TARGET: &[&str] = &[
+pub(crate) const NOT_A_TARGET: &[&str] = &[
     "lora_embed_tied",
     "lora_lm_head_tied",
     "lora_both_tied",

@@ -4,4 +4,8 @@
 mod cli;
 mod goldens;
 mod real_adapters;
+mod definition;
+mod goldens;
+mod kernels;
+mod oracle;
 mod support;
