@@ -165,22 +165,31 @@ impl Recipe {
             } else if !is_finite_at(self.to, result, index) {
                 sums.not_finite += 1;
                 sums.first = sums.first.or(Some((row, column)));
+                if value[index].is_nan() {
+                    // Processors differ in the sign and payload of the NaN that an operation gives.
+                    self.store(f64::from_bits(0x7ff8 << 48), index, result);
+                }
             }
         }
         Ok(())
     }
 
     fn copy_element(&self, index: usize, source: &[u8], result: &mut [u8]) {
-        let (from, to) = (self.from.size(), self.to.size());
-        let element = &source[index * from..(index + 1) * from];
-        let result = &mut result[index * to..(index + 1) * to];
+        let size = self.from.size();
+        let element = &source[index * size..(index + 1) * size];
         if self.from == self.to {
-            result.copy_from_slice(element);
+            result[index * size..(index + 1) * size].copy_from_slice(element);
         } else {
             let mut value = [0.0];
             crate::tensor::widen(self.from, element, &mut value);
-            crate::tensor::narrow(self.to, &value, result);
+            self.store(value[0], index, result);
         }
+    }
+
+    fn store(&self, value: f64, index: usize, result: &mut [u8]) {
+        let size = self.to.size();
+        let result = &mut result[index * size..(index + 1) * size];
+        crate::tensor::narrow(self.to, &[value], result);
     }
 
     fn touches(&self, row: usize, column: usize) -> Result<bool> {

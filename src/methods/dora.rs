@@ -91,7 +91,7 @@ impl Method for Dora {
                 Orientation::OutputsFirst => None,
                 Orientation::InputsFirst => Some(vec![0.0; on.columns]),
             },
-            columns: on.columns,
+            columns: on.columns.max(1), // a chunk has a size even where there is none
             strength,
         }))
     }

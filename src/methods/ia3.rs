@@ -91,7 +91,7 @@ impl Method for Ia3 {
             factors: scale.to_f64()?,
             per_row,
             elements_per_factor,
-            columns: on.columns,
+            columns: on.columns.max(1), // a chunk has a size even where there is none
             strength,
         }))
     }

@@ -7,5 +7,6 @@ mod real_adapters;
 mod definition;
 mod goldens;
 mod kernels;
+mod laws;
 mod oracle;
 mod support;

@@ -244,7 +244,8 @@ impl Run<'_> {
         let to = float(tensor.dtype, &tensor.source)?;
         let (rows, columns) = tensor.matrix();
         let mut steps = Vec::new();
-        for planned in &tensor.modules {
+        // At strength 0 any method is the base, even where its own formula would have no value.
+        for planned in tensor.modules.iter().filter(|m| m.strength != 0.0) {
             let module = plan.module(planned);
             let update = module
                 .method
@@ -284,18 +285,23 @@ impl Run<'_> {
                 .collect::<Result<_>>()?;
             blocks.iter().for_each(|sums| total.add(sums));
             if total.not_finite > 0 && !plan.options.allow_nonfinite {
-                let (row, column) = total.first.unwrap_or_default();
-                let reason = Reason::ValuesNotFinite {
-                    count: total.not_finite,
-                    first: place(tensor, row, column),
-                };
-                return Err(Error::new(reason)
-                    .in_file(&plan.base.path)
-                    .on(&*tensor.name));
+                // Nothing more is written, but the count is that of the whole tensor.
+                self.control.check()?;
+                continue;
             }
             let length = buffer.len() as u64;
             writer.send(Message::Bytes(buffer))?;
             self.advance(length)?;
+        }
+        if total.not_finite > 0 && !plan.options.allow_nonfinite {
+            let (row, column) = total.first.unwrap_or_default();
+            let reason = Reason::ValuesNotFinite {
+                count: total.not_finite,
+                first: place(tensor, row, column),
+            };
+            return Err(Error::new(reason)
+                .in_file(&plan.base.path)
+                .on(&*tensor.name));
         }
         Ok(total)
     }
