@@ -5,7 +5,6 @@ mod cli;
 mod goldens;
 mod real_adapters;
 mod definition;
-mod goldens;
 mod kernels;
 mod laws;
 mod oracle;

@@ -6,7 +6,7 @@
 
 use super::plan::{Opened, PlannedTensor};
 use crate::adapter::factor::Factor;
-use crate::adapter::{Adapter, Layer, Module, Role};
+use crate::adapter::{Module, Order, Role};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::Result;
@@ -20,8 +20,6 @@ pub(super) struct Ties {
     pub(super) head: String,
     /// The files do not hold the head: it was added to the plan.
     added: bool,
-    /// The adapter shares one module between the two.
-    follows: bool,
 }
 
 impl Ties {
@@ -79,27 +77,24 @@ impl Ties {
             embedding: embedding.name.clone(),
             head,
             added,
-            follows: false,
         })
     }
 
-    /// Whether a module on the head repeats, transposed, the adapter's module on the embedding.
-    pub(super) fn is_second_copy(
-        &mut self,
-        adapter: &Adapter,
-        module: &Module,
-        tensor: &str,
-    ) -> bool {
-        if !adapter.tied || tensor != self.head {
-            return false;
+    /// A copy of the weight below an adapter is a copy of the shared weight, so both sides start from it.
+    pub(super) fn share(&self, tensors: &mut [PlannedTensor]) {
+        let find = |name: &str| tensors.iter().position(|tensor| tensor.name == name);
+        let (Some(embedding), Some(head)) = (find(&self.embedding), find(&self.head)) else {
+            return;
+        };
+        for (from, to) in [(embedding, head), (head, embedding)] {
+            if tensors[from].replaced_below && tensors[to].replaced_by.is_none() {
+                let from = tensors[from].clone();
+                tensors[to].source = from.source;
+                tensors[to].shape = from.shape;
+                tensors[to].replaced_by = from.replaced_by;
+                return;
+            }
         }
-        let first = adapter
-            .modules
-            .iter()
-            .find(|module| module.layer == Layer::Embedding);
-        let copy = first.is_some_and(|first| repeats(first, module).unwrap_or(false));
-        self.follows |= copy;
-        copy
     }
 }
 
@@ -118,21 +113,7 @@ pub(super) fn settle(
     else {
         return Ok(());
     };
-    // A copy of the weight below an adapter is a copy of the shared weight.
-    let below = |tensor: &PlannedTensor| tensor.replaced_below;
-    if below(&tensors[embedding]) && tensors[head].replaced_by.is_none() {
-        share(tensors, embedding, head);
-    } else if below(&tensors[head]) && tensors[embedding].replaced_by.is_none() {
-        share(tensors, head, embedding);
-    }
-    if ties.follows {
-        let (modules, rows) = (
-            tensors[embedding].modules.clone(),
-            tensors[embedding].rows.clone(),
-        );
-        (tensors[head].modules, tensors[head].rows) = (modules, rows);
-    }
-    if same(&tensors[embedding], &tensors[head], ties.follows)? {
+    if same(&tensors[embedding], &tensors[head], adapters)? {
         if ties.added {
             tensors.remove(head);
         }
@@ -152,37 +133,39 @@ pub(super) fn settle(
     Ok(())
 }
 
-fn share(tensors: &mut [PlannedTensor], from: usize, to: usize) {
-    let (source, shape, replaced_by) = (
-        tensors[from].source.clone(),
-        tensors[from].shape.clone(),
-        tensors[from].replaced_by,
-    );
-    let tensor = &mut tensors[to];
-    (tensor.source, tensor.shape, tensor.replaced_by) = (source, shape, replaced_by);
-}
-
-fn same(a: &PlannedTensor, b: &PlannedTensor, follows: bool) -> Result<bool> {
+fn same(a: &PlannedTensor, b: &PlannedTensor, adapters: &[Opened]) -> Result<bool> {
     let rows = |tensor: &PlannedTensor| -> Vec<(usize, String, u64, usize)> {
         let row = |(row, (tensor, from)): (&usize, &(crate::tensor::Tensor, usize))| {
             (*row, tensor.name.clone(), tensor.offset, *from)
         };
         tensor.rows.iter().map(row).collect()
     };
-    if !(follows || a.modules.is_empty() && b.modules.is_empty())
-        || rows(a) != rows(b)
-        || a.shape != b.shape
-    {
+    if rows(a) != rows(b) || a.shape != b.shape || a.modules.len() != b.modules.len() {
         return Ok(false);
+    }
+    for (a, b) in a.modules.iter().zip(&b.modules) {
+        let adapter = &adapters[a.adapter].adapter;
+        let alike = a.adapter == b.adapter
+            && a.strength == b.strength
+            && adapter.tied
+            && repeats(&adapter.modules[a.module], &adapter.modules[b.module])?;
+        if !alike {
+            return Ok(false);
+        }
     }
     let one_place = a.source.offset == b.source.offset
         && std::sync::Arc::ptr_eq(&a.source.input, &b.source.input);
     Ok(one_place || a.source.to_f64()? == b.source.to_f64()?)
 }
 
-/// Whether `head` has the transposed factors of `embedding`.
+/// Whether `head` adds what `embedding` adds: the same factors, transposed and in the other role.
 fn repeats(embedding: &Module, head: &Module) -> Result<bool> {
-    if embedding.scale != head.scale || embedding.method.name() != head.method.name() {
+    let method = embedding.method;
+    if embedding.scale != head.scale
+        || method.name() != head.method.name()
+        // Norms of rows on one side are norms of columns on the other.
+        || method.order() != Order::Additive
+    {
         return Ok(false);
     }
     let equal = |a: Role, b: Role| -> Result<bool> {

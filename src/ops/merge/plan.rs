@@ -199,6 +199,9 @@ fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<
     for index in 0..adapters.len() {
         planner.replacements(index)?;
     }
+    if let Some(ties) = &planner.ties {
+        ties.share(&mut planner.tensors);
+    }
     for index in 0..adapters.len() {
         planner.modules(index)?;
         planner.tokens(index)?;
@@ -216,7 +219,7 @@ fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<
     if let Some(ties) = ties {
         embeddings::settle(ties, adapters, &mut tensors, &mut notices, &mut edits)?;
     }
-    convert(options, base, &mut tensors, &mut edits)?;
+    convert(options, &mut tensors, &mut edits)?;
     notices.extend(scan(options, adapters)?);
     notices.extend(base.notices.iter().cloned());
     Ok(Resolved {
@@ -467,17 +470,20 @@ impl<'a> Planner<'a> {
                 .name
                 .rsplit_once('.')
                 .unwrap_or(("", &replacement.name));
-            match self.resolver.resolve(path, parameter) {
+            let replaced = match self.resolver.resolve(path, parameter) {
                 Resolution::Exact(place) | Resolution::Renamed(place) => {
-                    self.replace(index, replacement, &place.tensor)?;
+                    self.replace(index, replacement, &place.tensor)?
                 }
-                Resolution::Ambiguous(names) => self.missing.ambiguous(&replacement.name, &names),
+                Resolution::Ambiguous(names) => {
+                    self.missing.ambiguous(&replacement.name, &names);
+                    false
+                }
                 Resolution::Unresolved => self.add(index, replacement),
-            }
-            if opened.strength != 1.0 {
+            };
+            let strength = opened.strength_of(&replacement.name)?;
+            if replaced && strength != 1.0 {
                 let text = format!(
-                    "it replaces a whole tensor, to which the strength {} does not apply",
-                    opened.strength
+                    "it replaces a whole tensor, to which the strength {strength} does not apply"
                 );
                 self.notices
                     .push(Notice::new(NoticeKind::StrengthIgnored, text).on(&*replacement.name));
@@ -486,7 +492,8 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    fn replace(&mut self, index: usize, replacement: &Replacement, name: &str) -> Result<()> {
+    /// Returns whether the base's tensor had to give way.
+    fn replace(&mut self, index: usize, replacement: &Replacement, name: &str) -> Result<bool> {
         let tensor = &mut self.tensors[self.by_name[name]];
         let new = &replacement.tensor;
         let fail = |reason| Err(new.error(reason));
@@ -501,7 +508,7 @@ impl<'a> Planner<'a> {
             let same =
                 tensor.source.shape == new.shape && tensor.source.to_f64()? == new.to_f64()?;
             if same {
-                return Ok(());
+                return Ok(true);
             }
             let first = self.adapters[first]
                 .found
@@ -551,24 +558,24 @@ impl<'a> Planner<'a> {
             && tensor.source.dtype == new.dtype
             && tensor.source.bytes()? == new.bytes()?
         {
-            return Ok(());
+            return Ok(false);
         }
         tensor.shape.clone_from(&new.shape);
         tensor.source = new.clone();
         tensor.replaced_by = Some(index);
         tensor.replaced_below = replacement.kind == ReplacementKind::BaseLayer;
-        Ok(())
+        Ok(true)
     }
 
     /// A whole tensor that the base does not have: a head that the task added.
-    fn add(&mut self, index: usize, replacement: &Replacement) {
+    fn add(&mut self, index: usize, replacement: &Replacement) -> bool {
         let announced = !self.adapters[index].adapter.notices.iter().any(|notice| {
             notice.kind == NoticeKind::Contradiction
                 && notice.item.as_deref() == Some(replacement.name.as_str())
         });
         if !announced {
             self.missing.unresolved(&self.resolver, &replacement.name);
-            return;
+            return false;
         }
         let text = "the base does not have this tensor; it is added to the result";
         self.notices
@@ -580,6 +587,7 @@ impl<'a> Planner<'a> {
         self.by_name
             .insert(replacement.name.clone(), self.tensors.len());
         self.tensors.push(tensor);
+        true
     }
 
     fn modules(&mut self, index: usize) -> Result<()> {
@@ -625,13 +633,6 @@ impl<'a> Planner<'a> {
         let opened = &self.adapters[index];
         let module = &opened.adapter.modules[number];
         let strength = opened.strength_of(&module.path)?;
-        if self
-            .ties
-            .as_mut()
-            .is_some_and(|ties| ties.is_second_copy(&opened.adapter, module, name))
-        {
-            return Ok(());
-        }
         let target = self.by_name[name];
         let shape = self.tensors[target].shape.clone();
         let area = Area::of(rows, &shape).ok_or_else(|| {
@@ -772,8 +773,11 @@ impl<'a> Planner<'a> {
                     }
                 }
             }
-            if adapters[index].strength != 1.0 {
-                let text = "it replaces whole rows, to which the strength does not apply";
+            let strength = adapters[index].strength_of(&tokens.path)?;
+            if strength != 1.0 {
+                let text = format!(
+                    "it replaces whole rows, to which the strength {strength} does not apply"
+                );
                 self.notices
                     .push(Notice::new(NoticeKind::StrengthIgnored, text).on(&*tokens.path));
             }
@@ -988,17 +992,9 @@ fn layer_prefix(base: &Checkpoint) -> Result<String, Reason> {
 }
 
 /// Gives every tensor its type in the output, and lets the configuration follow.
-fn convert(
-    options: &Options,
-    base: &Checkpoint,
-    tensors: &mut [PlannedTensor],
-    edits: &mut Vec<Edit>,
-) -> Result<()> {
+fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edit>) -> Result<()> {
     for tensor in tensors.iter_mut() {
-        let own = match base.tensor(&tensor.name) {
-            Some(in_base) if tensor.in_base => in_base.dtype,
-            _ => tensor.dtype,
-        };
+        let own = tensor.dtype;
         tensor.dtype = match options.dtype {
             None => own,
             Some(wanted) if Float::of(own).is_some() => wanted.dtype(),
