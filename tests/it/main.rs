@@ -9,3 +9,4 @@ mod kernels;
 mod laws;
 mod oracle;
 mod support;
+mod tied;

@@ -17,6 +17,7 @@ use crate::checkpoint::config::Edit;
 use crate::checkpoint::sink::{Destination, Faults, Shape};
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found};
+use crate::json::Value;
 use crate::linalg::Kernel;
 use crate::naming::{Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
@@ -957,7 +958,44 @@ fn replicate(
             insert: false,
         });
     }
+    edits.extend(
+        PER_LAYER
+            .iter()
+            .filter_map(|field| repeated(base, field, layers, &sources)),
+    );
     Ok(tensors)
+}
+
+/// Lists in `config.json` with one entry per layer; transformers refuses them if their length is not
+/// the number of layers.
+const PER_LAYER: &[&str] = &["layer_types", "mlp_layer_types", "no_rope_layers"];
+
+/// The list of a configuration, repeated as the layers are.
+fn repeated(
+    base: &Checkpoint,
+    field: &'static str,
+    layers: usize,
+    sources: &[usize],
+) -> Option<Edit> {
+    let Some(Value::Array(values)) = base.configured(field) else {
+        return None;
+    };
+    if values.len() != layers {
+        return None;
+    }
+    let texts: Option<Vec<String>> = sources
+        .iter()
+        .map(|layer| match &values[*layer] {
+            Value::String(text) => Some(serde_json::Value::from(text.as_str()).to_string()),
+            value @ (Value::Integer(_) | Value::Bool(_)) => Some(value.to_string()),
+            _ => None,
+        })
+        .collect();
+    Some(Edit {
+        field,
+        value: format!("[{}]", texts?.join(", ")),
+        insert: false,
+    })
 }
 
 /// The one list of layers of a model: what comes before the number.
@@ -1137,7 +1175,7 @@ pub(in crate::ops) fn other_base_of(base: &Checkpoint, adapter: &Adapter) -> Opt
     }
     candidates.extend(
         base.configured("_name_or_path")
-            .and_then(crate::json::Value::as_str)
+            .and_then(Value::as_str)
             .map(leaf),
     );
     let known = candidates.iter().any(|candidate| {

@@ -413,11 +413,11 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn of(tensor: &'a PlannedTensor) -> Result<Self> {
         let stored = float(tensor.source.dtype, &tensor.source)?;
-        let float = if tensor.rows.is_empty() {
-            stored
-        } else {
-            Float::F64
-        };
+        let one_type = tensor
+            .rows
+            .values()
+            .all(|(rows, _)| rows.dtype == tensor.source.dtype);
+        let float = if one_type { stored } else { Float::F64 };
         Ok(Source {
             tensor,
             stored,
@@ -432,12 +432,18 @@ impl<'a> Source<'a> {
         source
             .input
             .read_at(bytes, source.offset + (rows.start * row_bytes) as u64)?;
-        if self.tensor.rows.is_empty() {
+        let replaced = self.tensor.rows.range(rows.clone());
+        if self.float == self.stored {
+            for (row, (tensor, from)) in replaced {
+                let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
+                let at = (row - rows.start) * row_bytes;
+                bytes[at..at + row_bytes].copy_from_slice(&new);
+            }
             return Ok(());
         }
         let mut values = vec![0.0; rows.len() * columns];
         widen(self.stored, bytes, &mut values);
-        for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
+        for (row, (tensor, from)) in replaced {
             let float = tensor.float()?;
             let new = tensor.bytes_of(from * columns * float.size(), columns * float.size())?;
             let at = (row - rows.start) * columns;
