@@ -19,12 +19,19 @@ pub struct Step {
     pub update: Box<dyn Update>,
 }
 
+/// Rows of the source as they are stored.
+#[derive(Clone, Copy)]
+pub struct Elements<'a> {
+    /// Their type.
+    pub float: Float,
+    /// Their bytes.
+    pub bytes: &'a [u8],
+}
+
 /// How one matrix is made from another.
 pub struct Recipe {
     /// Columns of the matrix.
     pub columns: usize,
-    /// Type of the source.
-    pub from: Float,
     /// Type of the result.
     pub to: Float,
     /// What is applied, in order.
@@ -75,9 +82,14 @@ impl Recipe {
     ///
     /// # Errors
     /// What reading the parameters gives.
-    pub fn survey(&mut self, rows: Range<usize>, source: &[u8], kernel: &Kernel) -> Result<()> {
+    pub fn survey(
+        &mut self,
+        rows: Range<usize>,
+        source: Elements<'_>,
+        kernel: &Kernel,
+    ) -> Result<()> {
         let mut base = vec![0.0; rows.len() * self.columns];
-        kernel.widen(self.from, source, &mut base);
+        kernel.widen(source.float, source.bytes, &mut base);
         for step in self.steps.iter_mut().filter(|step| step.update.surveys()) {
             if let Some((local, within)) = overlap(&rows, &step.rows) {
                 let base = &base[within.start * self.columns..within.end * self.columns];
@@ -87,14 +99,14 @@ impl Recipe {
         Ok(())
     }
 
-    /// Evaluates the rows `rows`: `source` holds them in the source's type, `result` takes them.
+    /// Evaluates the rows `rows`: `source` holds them, `result` takes them.
     ///
     /// # Errors
     /// What reading the parameters gives.
     pub fn evaluate(
         &self,
         rows: Range<usize>,
-        source: &[u8],
+        source: Elements<'_>,
         result: &mut [u8],
         scratch: &mut Scratch,
         kernel: &Kernel,
@@ -106,7 +118,7 @@ impl Recipe {
             workspace,
         } = scratch;
         base.resize(count, 0.0);
-        kernel.widen(self.from, source, base);
+        kernel.widen(source.float, source.bytes, base);
         value.clear();
         value.extend_from_slice(base);
         for step in &self.steps {
@@ -146,7 +158,7 @@ impl Recipe {
         &self,
         row: usize,
         range: Range<usize>,
-        source: &[u8],
+        source: Elements<'_>,
         result: &mut [u8],
         base: &mut [f64],
         value: &mut [f64],
@@ -174,14 +186,14 @@ impl Recipe {
         Ok(())
     }
 
-    fn copy_element(&self, index: usize, source: &[u8], result: &mut [u8]) {
-        let size = self.from.size();
-        let element = &source[index * size..(index + 1) * size];
-        if self.from == self.to {
+    fn copy_element(&self, index: usize, source: Elements<'_>, result: &mut [u8]) {
+        let size = source.float.size();
+        let element = &source.bytes[index * size..(index + 1) * size];
+        if source.float == self.to {
             result[index * size..(index + 1) * size].copy_from_slice(element);
         } else {
             let mut value = [0.0];
-            crate::tensor::widen(self.from, element, &mut value);
+            crate::tensor::widen(source.float, element, &mut value);
             self.store(value[0], index, result);
         }
     }

@@ -348,11 +348,6 @@ fn trained_tokens_of_a_tied_embedding_stay_tied_and_untouched_rows_keep_their_bi
         let mut expected = embedding.clone();
         expected.bytes[32..40].copy_from_slice(&rounded.bytes[0..8]);
         expected.bytes[8..16].copy_from_slice(&rounded.bytes[8..16]);
-        if dtype == Dtype::F32 {
-            // Rows of two types meet in f64, on the way to which a signalling NaN becomes quiet.
-            expected.bytes[0] |= 0x40;
-            expected.bytes[0] = ours.tensors[EMBEDDING].bytes[0];
-        }
         assert_eq!(ours.tensors[EMBEDDING], expected, "{dtype}");
         assert_eq!(ours.config["tie_word_embeddings"], true);
         assert!(!ours.tensors.contains_key(HEAD));

@@ -16,13 +16,13 @@ use super::Control;
 use super::layout::File;
 use super::plan::{Plan, PlannedTensor};
 use super::report::Report;
-use crate::adapter::evaluate::{Recipe, Scratch, Step, Sums};
+use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
 use crate::checkpoint::config;
 use crate::checkpoint::sink::{OutputFile, Shape, Sink};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
-use crate::tensor::{DType, Float, Tensor, narrow, widen};
+use crate::tensor::{DType, Float, Tensor};
 
 /// Bytes of output that are computed before they are handed to the writer.
 pub(super) const CHUNK: usize = 8 << 20;
@@ -255,12 +255,7 @@ impl Run<'_> {
                 update,
             });
         }
-        let mut recipe = Recipe {
-            columns,
-            from: source.float,
-            to,
-            steps,
-        };
+        let mut recipe = Recipe { columns, to, steps };
         let height = (BLOCK / columns.max(1)).max(1);
         if recipe.surveys() {
             self.survey(&mut recipe, &source, rows, height)?;
@@ -278,8 +273,22 @@ impl Run<'_> {
                     let start = first + index * height;
                     let rows = start..start + result.len() / row_bytes;
                     SCRATCH.with_borrow_mut(|(bytes, scratch)| {
-                        source.read(rows.clone(), columns, bytes)?;
-                        recipe.evaluate(rows, bytes, result, scratch, plan.kernel)
+                        let mut sums = Sums::default();
+                        let mut rest = result;
+                        for (rows, float) in source.runs(rows) {
+                            let result = rest.split_off_mut(..rows.len() * row_bytes);
+                            let result = result.expect("the runs are the rows of the block");
+                            source.read(rows.clone(), float, columns, bytes)?;
+                            let source = Elements { float, bytes };
+                            sums.add(&recipe.evaluate(
+                                rows,
+                                source,
+                                result,
+                                scratch,
+                                plan.kernel,
+                            )?);
+                        }
+                        Ok(sums)
                     })
                 })
                 .collect::<Result<_>>()?;
@@ -317,8 +326,11 @@ impl Run<'_> {
         for first in (0..rows).step_by(height) {
             self.control.check()?;
             let rows = first..(first + height).min(rows);
-            source.read(rows.clone(), recipe.columns, &mut bytes)?;
-            recipe.survey(rows, &bytes, self.plan.kernel)?;
+            for (rows, float) in source.runs(rows) {
+                source.read(rows.clone(), float, recipe.columns, &mut bytes)?;
+                let bytes = &bytes;
+                recipe.survey(rows, Elements { float, bytes }, self.plan.kernel)?;
+            }
         }
         Ok(())
     }
@@ -405,52 +417,57 @@ fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<std
 /// Where the rows of a tensor come from.
 struct Source<'a> {
     tensor: &'a PlannedTensor,
-    stored: Float,
-    /// The type of the bytes that `read` gives: f64 where rows of different types meet.
+    /// The type of all rows but those that an adapter brings in another one.
     float: Float,
 }
 
 impl<'a> Source<'a> {
     fn of(tensor: &'a PlannedTensor) -> Result<Self> {
-        let stored = float(tensor.source.dtype, &tensor.source)?;
-        let one_type = tensor
-            .rows
-            .values()
-            .all(|(rows, _)| rows.dtype == tensor.source.dtype);
-        let float = if one_type { stored } else { Float::F64 };
-        Ok(Source {
-            tensor,
-            stored,
-            float,
-        })
+        let float = float(tensor.source.dtype, &tensor.source)?;
+        for (rows, _) in tensor.rows.values() {
+            rows.float()?;
+        }
+        Ok(Source { tensor, float })
     }
 
-    fn read(&self, rows: Range<usize>, columns: usize, bytes: &mut Vec<u8>) -> Result<()> {
-        let row_bytes = columns * self.stored.size();
-        let source = &self.tensor.source;
-        bytes.resize(rows.len() * row_bytes, 0);
-        source
-            .input
-            .read_at(bytes, source.offset + (rows.start * row_bytes) as u64)?;
-        let replaced = self.tensor.rows.range(rows.clone());
-        if self.float == self.stored {
-            for (row, (tensor, from)) in replaced {
-                let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
-                let at = (row - rows.start) * row_bytes;
-                bytes[at..at + row_bytes].copy_from_slice(&new);
+    /// Rows cut into runs of one type.
+    fn runs(&self, rows: Range<usize>) -> Vec<(Range<usize>, Float)> {
+        let mut runs = Vec::new();
+        let mut start = rows.start;
+        for (row, (tensor, _)) in self.tensor.rows.range(rows.clone()) {
+            if let Some(float) = Float::of(tensor.dtype)
+                && float != self.float
+            {
+                runs.push((start..*row, self.float));
+                runs.push((*row..row + 1, float));
+                start = row + 1;
             }
-            return Ok(());
         }
-        let mut values = vec![0.0; rows.len() * columns];
-        widen(self.stored, bytes, &mut values);
-        for (row, (tensor, from)) in replaced {
-            let float = tensor.float()?;
-            let new = tensor.bytes_of(from * columns * float.size(), columns * float.size())?;
-            let at = (row - rows.start) * columns;
-            widen(float, &new, &mut values[at..at + columns]);
+        runs.push((start..rows.end, self.float));
+        runs.retain(|(rows, _)| !rows.is_empty());
+        runs
+    }
+
+    /// Reads a run.
+    fn read(
+        &self,
+        rows: Range<usize>,
+        float: Float,
+        columns: usize,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
+        let row_bytes = columns * float.size();
+        bytes.resize(rows.len() * row_bytes, 0);
+        if float == self.float {
+            let source = &self.tensor.source;
+            let offset = source.offset + (rows.start * row_bytes) as u64;
+            source.input.read_at(bytes, offset)?;
         }
-        bytes.resize(values.len() * 8, 0);
-        narrow(Float::F64, &values, bytes);
+        for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
+            let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
+            let at = (row - rows.start) * row_bytes;
+            bytes[at..at + row_bytes].copy_from_slice(&new);
+        }
         Ok(())
     }
 }
