@@ -66,9 +66,16 @@ impl Float {
     }
 }
 
-/// Number of elements of a shape; `None` on overflow.
+/// Number of elements of a shape; `None` on overflow, also of what a dimension of zero hides: products
+/// of some of the dimensions are taken everywhere.
 pub fn elements(shape: &[usize]) -> Option<usize> {
-    shape.iter().copied().try_fold(1usize, usize::checked_mul)
+    const LIMIT: usize = usize::MAX >> 12;
+    let visible = shape.iter().filter(|size| **size != 0);
+    let product = visible.copied().try_fold(1usize, usize::checked_mul)?;
+    match shape.contains(&0) {
+        true => Some(0).filter(|_| product <= LIMIT),
+        false => Some(product),
+    }
 }
 
 /// Whether a type is a floating-point number of any width.
@@ -341,6 +348,17 @@ pub fn is_finite_at(float: Float, bytes: &[u8], index: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dimension_of_zero_hides_no_overflow() {
+        let huge = 1 << (usize::BITS / 2);
+        assert_eq!(elements(&[]), Some(1));
+        assert_eq!(elements(&[3, 5]), Some(15));
+        assert_eq!(elements(&[3, 0, 5]), Some(0));
+        for shape in [[huge, huge, 0], [0, huge, huge], [huge, 0, huge]] {
+            assert_eq!(elements(&shape), None, "{shape:?}");
+        }
+    }
 
     #[test]
     fn every_half_widens_like_the_half_crate() {

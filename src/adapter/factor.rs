@@ -23,7 +23,11 @@ impl Factor {
     /// # Errors
     /// [`crate::Reason::AdapterType`].
     pub fn new(tensor: &Tensor, rows: usize) -> Result<Self> {
-        let columns = tensor.elements().checked_div(rows).unwrap_or(0);
+        let columns = match tensor.shape.split_first() {
+            // Even where there are no rows.
+            Some((outer, inner)) if *outer == rows => inner.iter().product(),
+            _ => tensor.elements().checked_div(rows).unwrap_or(0),
+        };
         let float = tensor.float()?;
         Ok(Factor {
             tensor: tensor.clone(),
