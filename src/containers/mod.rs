@@ -53,6 +53,8 @@ pub struct TensorFile {
     pub container: &'static dyn Container,
     /// Tensors and metadata.
     pub directory: Directory,
+    /// Places in the directory, by name.
+    by_name: Vec<usize>,
 }
 
 impl TensorFile {
@@ -82,18 +84,23 @@ impl TensorFile {
         let directory = container
             .open(input.clone())
             .map_err(|e| e.in_file(input.path()))?;
+        let tensors = &directory.tensors;
+        let mut by_name: Vec<usize> = (0..tensors.len()).collect();
+        by_name.sort_unstable_by(|a, b| tensors[*a].name.cmp(&tensors[*b].name));
         Ok(TensorFile {
             input,
             container,
             directory,
+            by_name,
         })
     }
 
     /// The tensor of a name.
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
-        self.directory
-            .tensors
-            .iter()
-            .find(|tensor| tensor.name == name)
+        let tensors = &self.directory.tensors;
+        let place = self
+            .by_name
+            .binary_search_by(|place| tensors[*place].name.as_str().cmp(name));
+        place.ok().map(|place| &tensors[self.by_name[place]])
     }
 }

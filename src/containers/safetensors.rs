@@ -2,15 +2,15 @@
 //!
 //! Source: <https://github.com/huggingface/safetensors>, README ("Format") and `safetensors/src/tensor.rs`:
 //! eight bytes of length, a JSON header, then the data, which the tensors cover without hole or overlap.
-//! Types come from the `safetensors` crate. The header is checked here because the crate's own
-//! `Metadata` keeps the last of two equal keys and names no tensor in most of its errors.
+//! Types come from the `safetensors` crate. The header is read here because the crate's own `Metadata`
+//! keeps the last of two equal keys, allocates shapes of any length, and names no tensor in most of its
+//! errors.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use safetensors::tensor::TensorInfo;
-use serde::de::{Deserializer as _, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::{Container, Directory};
 use crate::error::{Error, Reason, Result};
@@ -39,10 +39,16 @@ impl Container for Safetensors {
     }
 
     fn detects(&self, head: &[u8], length: u64) -> bool {
-        // The length of a header is far below 2⁴⁰. This must be asked before the pickles: a header of
-        // 640 bytes starts with 80 02, as they do.
-        let plausible = head.len() > 8 && head[5..8] == [0, 0, 0];
-        plausible && (head[8] == b'{' || header_length(head) <= length - 8)
+        // The length of a header is below 2³². This must be asked before the pickles: a header of 640
+        // bytes starts with 80 02, as they do. GGUF has its version where the zeros are.
+        match head.get(4..8) {
+            Some([0, 0, 0, 0]) => head.get(8).is_none_or(|first| {
+                *first == b'{' || header_length(head) <= length.saturating_sub(8)
+            }),
+            Some(_) => false,
+            // Cut inside the length, past the part that can tell.
+            None => head.len() > 4 && head[4..].iter().all(|byte| *byte == 0),
+        }
     }
 
     fn open(&self, input: Arc<Input>) -> Result<Directory> {
@@ -127,8 +133,42 @@ fn header_length(head: &[u8]) -> u64 {
     })
 }
 
-type Entries = Vec<(String, TensorInfo)>;
+type Entries = Vec<(String, Info)>;
 type Metadata = Vec<(String, String)>;
+
+/// What a header says about a tensor.
+#[derive(serde::Deserialize)]
+struct Info {
+    dtype: DType,
+    #[serde(deserialize_with = "dimensions")]
+    shape: Vec<usize>,
+    data_offsets: (u64, u64),
+}
+
+/// Keeps one dimension more than there may be: enough to refuse the shape, however long it is.
+fn dimensions<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    struct Dimensions;
+
+    impl<'de> Visitor<'de> for Dimensions {
+        type Value = Vec<usize>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of dimensions")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<usize>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(size) = sequence.next_element()? {
+                if shape.len() <= DIMENSION_LIMIT {
+                    shape.push(size);
+                }
+            }
+            Ok(shape)
+        }
+    }
+
+    deserializer.deserialize_seq(Dimensions)
+}
 
 fn parse(bytes: &[u8]) -> Result<(Entries, Metadata)> {
     let text = std::str::from_utf8(bytes).map_err(|e| {
@@ -175,7 +215,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
             if key == "__metadata__" {
                 metadata = map.next_value_seed(TextMap(self.0))?;
             } else {
-                entries.push((key, map.next_value::<TensorInfo>()?));
+                entries.push((key, map.next_value()?));
             }
         }
         Ok((entries, metadata))
@@ -192,7 +232,7 @@ fn place(
     let mut tensors: Vec<Tensor> = Vec::with_capacity(entries.len());
     let mut end_of_last = 0u64;
     for (name, info) in entries {
-        let (start, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
+        let (start, end) = info.data_offsets;
         let fail = |reason| Err(Error::new(reason).on(name.clone()));
         if name.is_empty() {
             return fail(Reason::EmptyName);

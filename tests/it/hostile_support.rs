@@ -1,0 +1,171 @@
+//! Files made by hand: right, wrong, and nearly right.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use loratool::Error;
+
+/// Asserts the reason of an error by pattern, and that its exit code is one of the documented ones.
+macro_rules! assert_reason {
+    ($error:expr, $pattern:pat $(if $guard:expr)?) => {{
+        let error: &loratool::Error = &$error;
+        assert!(
+            matches!(error.reason(), $pattern $(if $guard)?),
+            "expected {}, got {:?}: {error:?}",
+            stringify!($pattern $(if $guard)?),
+            error.reason(),
+        );
+        let code = error.kind().exit_code();
+        assert!((1..=99).contains(&code), "exit code {code}: {error:?}");
+    }};
+}
+pub(crate) use assert_reason;
+
+/// A folder of its own for one test.
+pub(crate) struct Room(tempfile::TempDir);
+
+impl Room {
+    pub(crate) fn new() -> Self {
+        Room(tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Writes a file, and the folders above it.
+    pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    pub(crate) fn folder(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// Names of everything at the top, hidden ones too.
+    pub(crate) fn names(&self) -> Vec<String> {
+        names_in(self.root())
+    }
+}
+
+/// Names of everything in a folder, hidden ones too.
+pub(crate) fn names_in(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Every file below a path with its bytes, or the one file.
+pub(crate) fn tree(path: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    if !path.is_dir() {
+        return vec![(PathBuf::new(), std::fs::read(path).unwrap())];
+    }
+    let mut all = Vec::new();
+    for name in names_in(path) {
+        for (below, bytes) in tree(&path.join(&name)) {
+            all.push((Path::new(&name).join(below), bytes));
+        }
+    }
+    all
+}
+
+/// A safetensors file of any header text and any data.
+pub(crate) fn file_of(header: impl AsRef<[u8]>, data: impl AsRef<[u8]>) -> Vec<u8> {
+    let header = header.as_ref();
+    [&(header.len() as u64).to_le_bytes(), header, data.as_ref()].concat()
+}
+
+/// A sound safetensors file of f32 tensors whose values are small and all different.
+pub(crate) fn tensors(tensors: &[(&str, &[usize])]) -> Vec<u8> {
+    let mut entries = Vec::new();
+    let mut data = Vec::new();
+    for (name, shape) in tensors {
+        let start = data.len();
+        for _ in 0..shape.iter().product::<usize>() {
+            data.extend_from_slice(&(data.len() as f32 / 1024.0).to_le_bytes());
+        }
+        entries.push(format!(
+            "{}:{{\"dtype\":\"F32\",\"shape\":{shape:?},\"data_offsets\":[{start},{}]}}",
+            serde_json::Value::from(*name),
+            data.len(),
+        ));
+    }
+    file_of(format!("{{{}}}", entries.join(",")), data)
+}
+
+/// The factors of a LoRA of rank 2 on the module `m`.
+pub(crate) fn small_adapter() -> Vec<u8> {
+    tensors(&[
+        ("base_model.model.m.lora_A.weight", &[2, 3]),
+        ("base_model.model.m.lora_B.weight", &[4, 2]),
+    ])
+}
+
+/// A base that [`small_adapter`] fits.
+pub(crate) fn small_base() -> Vec<u8> {
+    tensors(&[("m.weight", &[4, 3]), ("other.weight", &[2])])
+}
+
+/// A configuration that [`small_adapter`] fits.
+pub(crate) const SMALL_CONFIG: &str = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4}"#;
+
+/// Runs something that must answer within a second, in a thread, so that a hang fails the test.
+pub(crate) fn within_a_second<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    // A second of work, and patience for a machine that is busy with something else.
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let (sender, receiver) = channel();
+    let start = Instant::now();
+    let thread = std::thread::spawn(move || {
+        let before = cpu_time();
+        let value = work();
+        // The receiver is gone only when the test has failed already.
+        let _ = sender.send((value, cpu_time().saturating_sub(before)));
+    });
+    match receiver.recv_timeout(PATIENCE) {
+        Ok((value, spent)) => {
+            assert!(spent <= Duration::from_secs(1), "it took {spent:?}");
+            value
+        }
+        Err(RecvTimeoutError::Timeout) => panic!("no answer after {:?}", start.elapsed()),
+        Err(RecvTimeoutError::Disconnected) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(()) => unreachable!("a thread that ends in peace has sent its value"),
+        },
+    }
+}
+
+/// Processor time of this thread: what a test may spend, however busy the machine is.
+fn cpu_time() -> Duration {
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32)
+}
+
+/// Asserts that nothing in an error could drive a terminal, in any of its texts.
+pub(crate) fn assert_printable(error: &Error) {
+    for text in [error.to_string(), format!("{error:?}")] {
+        assert_clean(&text);
+    }
+}
+
+/// Asserts that a text holds no control character (line breaks of a list excepted), no
+/// bidirectional mark and no invisible character.
+pub(crate) fn assert_clean(text: &str) {
+    for character in text.chars() {
+        let foul = character.is_control() && character != '\n'
+            || matches!(character, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}' | '\u{ad}');
+        assert!(!foul, "{character:?} in {text:?}");
+    }
+}
