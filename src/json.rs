@@ -75,7 +75,7 @@ impl Value {
         }
     }
 
-    /// Whether it is null, false, empty, or holds only such values: nothing that could matter.
+    /// Whether it is null, false or empty: nothing that could matter.
     pub fn is_vacant(&self) -> bool {
         match self {
             Value::Null | Value::Bool(false) => true,
@@ -132,12 +132,12 @@ impl Document {
 /// [`Reason::NotUtf8`], [`Reason::NotJson`] (with line and column), [`Reason::DuplicateKey`],
 /// [`Reason::TooMany`], [`Reason::TooDeep`], [`Reason::NotAnObject`].
 pub fn parse_object(bytes: &[u8], limit: usize) -> Result<Object> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let text = std::str::from_utf8(bytes).map_err(|e| {
         Error::new(Reason::NotUtf8 {
             at: e.valid_up_to(),
         })
     })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let budget = Budget::new(limit);
     let mut deserializer = serde_json::Deserializer::from_str(text);
     let parsed = Seed(&budget)

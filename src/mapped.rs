@@ -183,6 +183,12 @@ impl Input {
     }
 }
 
+/// Whether a name exists in its folder. A link without a target does: opening it fails then, where
+/// taking the file for absent would change what the rest means.
+pub(crate) fn is_there(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok()
+}
+
 #[cfg(unix)]
 fn read_some(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
     std::os::unix::fs::FileExt::read_at(file, buffer, offset)

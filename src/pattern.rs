@@ -54,6 +54,10 @@ impl Pattern {
     }
 
     fn compile(text: &str, whole: &str) -> Result<Self> {
+        // `a)|(?:b` would be sound only inside a group that it is not meant to end.
+        if text != whole {
+            Self::compile(text, text)?;
+        }
         let shown: String = text.chars().take(80).collect();
         if text.len() > TEXT_LIMIT {
             return Err(Error::new(Reason::PatternTooLarge { pattern: shown }));
@@ -85,6 +89,11 @@ impl Pattern {
             text: shown,
             engine,
         })
+    }
+
+    /// Whether matching costs linear time.
+    pub(crate) fn is_linear(&self) -> bool {
+        matches!(self.engine, Engine::Linear(_))
     }
 
     /// Whether it matches.

@@ -9,7 +9,7 @@ use crate::adapter::Adapter;
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Value};
-use crate::mapped::Input;
+use crate::mapped::{Input, is_there};
 
 mod peft;
 mod spellings;
@@ -105,8 +105,7 @@ impl Found {
             (folder.unwrap_or(Path::new(".")).to_owned(), path.to_owned())
         };
         let config = folder.join(CONFIG);
-        let config = config
-            .exists()
+        let config = is_there(&config)
             .then(|| Document::read(&config, CONFIG_VALUES))
             .transpose()?;
         let file = TensorFile::open(&weights)?;
@@ -195,7 +194,7 @@ pub fn is_adapter_folder(folder: &Path) -> bool {
 
 /// The file of tensors in a folder.
 fn weights_in(folder: &Path) -> Result<PathBuf> {
-    if let Some(name) = WEIGHTS.iter().find(|name| folder.join(name).exists()) {
+    if let Some(name) = WEIGHTS.iter().find(|name| is_there(&folder.join(name))) {
         return Ok(folder.join(name));
     }
     let fail = || Error::new(Reason::NoAdapterWeights).in_file(folder);

@@ -10,6 +10,7 @@ mod laws;
 mod oracle;
 mod overflow;
 mod real_adapters;
+mod hostile_config;
 mod hostile_safetensors;
 mod hostile_support;
 mod support;

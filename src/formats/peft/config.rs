@@ -142,6 +142,9 @@ const PATTERN_LIMIT: usize = 20_000;
 /// Most of them that need a compiled regular expression.
 const REGEX_LIMIT: usize = 500;
 
+/// Most of those that cost more than linear time on every module.
+const LOOK_AROUND_LIMIT: usize = 20;
+
 impl Settings {
     pub(super) fn read(object: &Object, allowed: &[String]) -> Result<Self> {
         let kind = match object.get("peft_type") {
@@ -201,14 +204,15 @@ impl Settings {
 
     /// α/r of a module: both looked up independently, first matching pattern in file order.
     pub(super) fn scale(&self, path: &str) -> Result<Scale> {
-        let rank = match self.ranks.get(path)? {
+        let look_up = |map: &PatternMap, field| map.get(path).map_err(|e: Error| e.on(field));
+        let rank = match look_up(&self.ranks, "rank_pattern")? {
             Some(rank) => positive(rank).ok_or_else(|| {
                 let problem = format!("the rank {rank} is not a positive whole number");
                 Error::new(Reason::FieldValue { problem }).on("rank_pattern")
             })?,
             None => self.rank,
         };
-        let alpha = self.alphas.get(path)?.unwrap_or(self.alpha);
+        let alpha = look_up(&self.alphas, "alpha_pattern")?.unwrap_or(self.alpha);
         if !alpha.is_finite() {
             return Err(Error::new(Reason::AlphaNotFinite {
                 value: alpha.to_string(),
@@ -218,8 +222,9 @@ impl Settings {
         Ok(Scale::of(alpha, rank, self.root))
     }
 
-    pub(super) fn is_feedforward(&self, path: &str) -> bool {
-        self.feedforward.contains(path)
+    pub(super) fn is_feedforward(&self, path: &str) -> Result<bool> {
+        let contains = self.feedforward.contains(path);
+        contains.map_err(|e| e.on("feedforward_modules"))
     }
 
     /// Whether the configuration announces that a whole tensor is in the file.
@@ -498,11 +503,11 @@ impl Targets {
         })
     }
 
-    fn contains(&self, path: &str) -> bool {
+    fn contains(&self, path: &str) -> Result<bool> {
         match self {
-            Targets::Nothing => false,
-            Targets::Suffixes(names) => names.iter().any(|name| path.ends_with(name.as_str())),
-            Targets::Pattern(pattern) => pattern.matches(path).unwrap_or(false),
+            Targets::Nothing => Ok(false),
+            Targets::Suffixes(names) => Ok(names.iter().any(|name| path.ends_with(name.as_str()))),
+            Targets::Pattern(pattern) => pattern.matches(path),
         }
     }
 }
@@ -533,6 +538,7 @@ impl PatternMap {
             .on(field));
         }
         let mut map = PatternMap::default();
+        let mut look_around = 0;
         for (index, (key, value)) in entries.iter().enumerate() {
             let number = value
                 .as_f64()
@@ -553,8 +559,16 @@ impl PatternMap {
                 })
                 .on(field));
             } else {
-                map.compiled
-                    .push((index, Pattern::suffix(key).map_err(|e| e.on(field))?));
+                let pattern = Pattern::suffix(key).map_err(|e| e.on(field))?;
+                look_around += usize::from(!pattern.is_linear());
+                if look_around > LOOK_AROUND_LIMIT {
+                    return Err(Error::new(Reason::TooMany {
+                        what: "patterns with look-around",
+                        limit: LOOK_AROUND_LIMIT,
+                    })
+                    .on(field));
+                }
+                map.compiled.push((index, pattern));
             }
         }
         Ok(map)

@@ -5,6 +5,7 @@
 //! adapter's own name, which raw state dicts keep, is one segment after the tuner tensor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
 
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -47,7 +48,7 @@ impl Format for Peft {
         let path = config.input.path();
         let settings = Settings::read(&config.object, &options.allow_unknown_config)
             .map_err(|e| e.in_file(path))?;
-        Reader::new(&settings).read(found, &config.object)
+        Reader::new(&settings, path).read(found, &config.object)
     }
 
     fn summary(&self, found: &Found) -> Summary {
@@ -74,6 +75,7 @@ struct Parts {
 
 struct Reader<'a> {
     settings: &'a Settings,
+    config: &'a Path,
     adapter: Adapter,
     parts: BTreeMap<usize, (String, Parts)>,
     order: HashMap<String, usize>,
@@ -83,9 +85,10 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(settings: &'a Settings) -> Self {
+    fn new(settings: &'a Settings, config: &'a Path) -> Self {
         Reader {
             settings,
+            config,
             adapter: Adapter::default(),
             parts: BTreeMap::new(),
             order: HashMap::new(),
@@ -141,7 +144,10 @@ impl<'a> Reader<'a> {
             (Tail::EmbeddingA, Tuner::Lora) => Some(Role::Down),
             (Tail::EmbeddingB, Tuner::Lora) => Some(Role::Up),
             (Tail::Magnitude, Tuner::Lora) if self.settings.use_dora => Some(Role::Magnitude),
-            (Tail::Ia3, Tuner::Ia3) => Some(self.ia3_role(&key.path, tensor)),
+            (Tail::Ia3, Tuner::Ia3) => match self.ia3_role(&key.path, tensor) {
+                Ok(role) => Some(role),
+                Err(error) => return self.problems.push(error.in_file(self.config)),
+            },
             _ => None,
         };
         if let Some(role) = role {
@@ -214,14 +220,14 @@ impl<'a> Reader<'a> {
         });
     }
 
-    fn ia3_role(&self, path: &str, tensor: &Tensor) -> Role {
+    fn ia3_role(&self, path: &str, tensor: &Tensor) -> Result<Role> {
         // For matrices the stored shape alone decides, as in PEFT's own forward pass.
-        match tensor.shape.as_slice() {
+        Ok(match tensor.shape.as_slice() {
             [1, inputs] if *inputs != 1 => Role::InputScale,
             [outputs, 1] if *outputs != 1 => Role::OutputScale,
-            _ if self.settings.is_feedforward(path) => Role::InputScale,
+            _ if self.settings.is_feedforward(path)? => Role::InputScale,
             _ => Role::OutputScale,
-        }
+        })
     }
 
     fn module(&mut self, path: String, parts: Parts) -> Result<Module> {
@@ -244,7 +250,8 @@ impl<'a> Reader<'a> {
                 let owner = path
                     .strip_suffix(".out_proj")
                     .filter(|_| parts.output_projection);
-                let mut scale = self.settings.scale(owner.unwrap_or(&path))?;
+                let scale = self.settings.scale(owner.unwrap_or(&path));
+                let mut scale = scale.map_err(|e| e.in_file(self.config))?;
                 if parts.output_projection {
                     scale.value *= 2.0;
                 }
