@@ -259,16 +259,22 @@ impl<'de> Visitor<'de> for Seed<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
         self.0.spend("values")?;
         let mut entries = Vec::new();
-        let mut seen = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
-            if !seen.insert(key.clone()) {
-                return Err(self.0.stop(Reason::DuplicateKey { key }));
-            }
             let value = map.next_value_seed(Seed(self.0))?;
             entries.push((key, value));
         }
-        Ok(Value::Object(Object(entries)))
+        match repeated(&entries) {
+            Some(key) => Err(self.0.stop(Reason::DuplicateKey { key })),
+            None => Ok(Value::Object(Object(entries))),
+        }
     }
+}
+
+/// The first key that was there before.
+fn repeated<T>(entries: &[(String, T)]) -> Option<String> {
+    let mut seen = HashSet::with_capacity(entries.len());
+    let mut keys = entries.iter().map(|(key, _)| key);
+    keys.find(|key| !seen.insert(key.as_str())).cloned()
 }
 
 /// A map of text to text (the metadata of a safetensors header) with each key once.
@@ -300,14 +306,13 @@ impl<'de> Visitor<'de> for TextMap<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries: Vec<(String, String)> = Vec::new();
-        let mut seen = HashSet::new();
-        while let Some((key, value)) = map.next_entry::<String, String>()? {
+        while let Some(entry) = map.next_entry()? {
             self.0.spend("metadata entries")?;
-            if !seen.insert(key.clone()) {
-                return Err(self.0.stop(Reason::DuplicateKey { key }));
-            }
-            entries.push((key, value));
+            entries.push(entry);
         }
-        Ok(entries)
+        match repeated(&entries) {
+            Some(key) => Err(self.0.stop(Reason::DuplicateKey { key })),
+            None => Ok(entries),
+        }
     }
 }

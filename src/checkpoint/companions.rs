@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::index::is_plain_file_name;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Value};
-use crate::mapped::Input;
+use crate::mapped::{Input, is_there};
 
 /// A file that is copied.
 pub struct Companion {
@@ -171,12 +171,13 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
 /// Sub-folders that `modules.json` of a sentence-transformers model names.
 fn sentence_transformer_parts(folder: &Path) -> Result<Vec<String>> {
     let path = folder.join("modules.json");
-    if !path.exists() {
+    if !is_there(&path) {
         return Ok(Vec::new());
     }
     // It is a list, so it is wrapped to be read as an object.
     let bytes = Input::open(&path)?.read_all(1 << 20)?;
-    let wrapped = [b"{\"modules\":".as_slice(), bytes.trim_ascii(), b"}"].concat();
+    let list = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    let wrapped = [b"{\"modules\":", list, b"}"].concat();
     let object = crate::json::parse_object(&wrapped, 10_000).map_err(|e| e.in_file(&path))?;
     let Some(Value::Array(modules)) = object.get("modules") else {
         return Ok(Vec::new());

@@ -10,7 +10,8 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Object, Value};
-use crate::mapped::Input;
+use crate::mapped::{Input, is_there};
+use crate::printable::acts_on_a_terminal;
 
 /// Most values of an index.
 const VALUES: usize = 1_000_000;
@@ -90,7 +91,7 @@ pub(super) fn is_plain_file_name(name: &str) -> bool {
         && name != ".."
         && !name
             .chars()
-            .any(|c| matches!(c, '/' | '\\' | ':' | '\0') || c.is_control())
+            .any(|c| matches!(c, '/' | '\\' | ':' | '\0') || acts_on_a_terminal(c))
 }
 
 /// The text of an index.
@@ -101,15 +102,15 @@ pub(super) fn text(
     weight_map: &BTreeMap<&str, &str>,
 ) -> String {
     let mut entries = Map::new();
-    let mut names: Vec<&String> = metadata.0.iter().map(|(name, _)| name).collect();
-    names.sort();
-    for name in names {
+    let mut statements: Vec<&(String, Value)> = metadata.0.iter().collect();
+    statements.sort_by(|(a, _), (b, _)| a.cmp(b));
+    for (name, value) in statements {
         // Totals are recomputed; what else is stated (a string or a number) is kept.
-        match metadata.get(name) {
-            Some(Value::String(text)) => entries.insert(name.clone(), json!(text)),
-            Some(Value::Integer(number)) => entries.insert(name.clone(), json!(number)),
-            Some(Value::Float(number)) => entries.insert(name.clone(), json!(number)),
-            Some(Value::Bool(value)) => entries.insert(name.clone(), json!(value)),
+        match value {
+            Value::String(text) => entries.insert(name.clone(), json!(text)),
+            Value::Integer(number) => entries.insert(name.clone(), json!(number)),
+            Value::Float(number) => entries.insert(name.clone(), json!(number)),
+            Value::Bool(value) => entries.insert(name.clone(), json!(value)),
             _ => None,
         };
     }
@@ -130,7 +131,7 @@ pub(super) fn text(
 /// Reads `config.json`.
 pub(super) fn model_config(folder: &Path) -> Result<Option<Document>> {
     let path = folder.join("config.json");
-    if path.exists() {
+    if is_there(&path) {
         Document::read(&path, CONFIG_VALUES).map(Some)
     } else {
         Ok(None)

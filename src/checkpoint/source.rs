@@ -1,14 +1,15 @@
 //! A checkpoint that is read: one file, or a folder with one file or an index and its shards.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::index::{Index, model_config};
+use super::{INDEX, SINGLE};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Object, Value};
-use crate::mapped::Input;
+use crate::mapped::{Input, is_there};
 use crate::notice::{Notice, NoticeKind};
 use crate::tensor::{DType, Tensor};
 
@@ -25,6 +26,7 @@ pub struct Checkpoint {
     /// What is odd.
     pub notices: Vec<Notice>,
     index: Option<Index>,
+    unindexed: HashSet<String>,
     places: HashMap<String, (usize, usize)>,
 }
 
@@ -35,9 +37,6 @@ pub struct Shard {
     /// Its content.
     pub file: TensorFile,
 }
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// Checkpoints that are recognised in a folder but cannot be read yet.
 const OTHERS: &[&str] = &[
@@ -75,7 +74,7 @@ impl Checkpoint {
             return Self::assemble(path, false, vec![shard], config, None);
         }
         let (single, index) = (path.join(SINGLE), path.join(INDEX));
-        let index = if index.exists() {
+        let index = if is_there(&index) {
             Some(Index::read(&index)?)
         } else {
             None
@@ -88,13 +87,13 @@ impl Checkpoint {
                     .iter()
                     .map(|(_, shard)| shard.as_str())
                     .collect();
-                if single.exists() && !names.contains(SINGLE) {
+                if is_there(&single) && !names.contains(SINGLE) {
                     return Err(Error::new(Reason::BothLayouts).in_file(path));
                 }
                 let mut shards = Vec::new();
                 for name in names {
                     let file = path.join(name);
-                    if !file.exists() {
+                    if !is_there(&file) {
                         let reason = Reason::ShardMissing {
                             name: name.to_owned(),
                         };
@@ -107,7 +106,7 @@ impl Checkpoint {
                 }
                 Self::assemble(path, true, shards, config, Some(index))
             }
-            None if single.exists() => {
+            None if is_there(&single) => {
                 let shard = Shard {
                     name: SINGLE.to_owned(),
                     file: TensorFile::open(single)?,
@@ -146,6 +145,7 @@ impl Checkpoint {
             config,
             notices: Vec::new(),
             index,
+            unindexed: HashSet::new(),
             places: HashMap::new(),
         };
         for (s, shard) in checkpoint.shards.iter().enumerate() {
@@ -202,6 +202,7 @@ impl Checkpoint {
             .collect();
         for (name, (s, _)) in &self.places {
             if !indexed.contains(name.as_str()) {
+                self.unindexed.insert(name.clone());
                 let text = format!(
                     "`{}` holds it, but the index does not name it; loaders ignore it",
                     self.shards[*s].name
@@ -270,11 +271,7 @@ impl Checkpoint {
 
     /// Whether the index leaves a tensor out that its shard holds.
     pub(crate) fn is_unindexed(&self, name: &str) -> bool {
-        self.index.is_some()
-            && self
-                .notices
-                .iter()
-                .any(|notice| notice.item.as_deref() == Some(name))
+        self.unindexed.contains(name)
     }
 
     /// How the weights are quantised, if they are.

@@ -124,7 +124,8 @@ pub(crate) const SMALL_CONFIG: &str = r#"{"peft_type": "LORA", "r": 2, "lora_alp
 
 /// Runs something that must answer within a second, in a thread, so that a hang fails the test.
 pub(crate) fn within_a_second<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    // A second of work, and patience for a machine that is busy with something else.
+    // Unoptimised code gets more of them, and a machine that is busy with something else patience.
+    const LIMIT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 3 } else { 1 });
     const PATIENCE: Duration = Duration::from_secs(20);
     let (sender, receiver) = channel();
     let start = Instant::now();
@@ -136,7 +137,7 @@ pub(crate) fn within_a_second<T: Send + 'static>(work: impl FnOnce() -> T + Send
     });
     match receiver.recv_timeout(PATIENCE) {
         Ok((value, spent)) => {
-            assert!(spent <= Duration::from_secs(1), "it took {spent:?}");
+            assert!(spent <= LIMIT, "it took {spent:?}");
             value
         }
         Err(RecvTimeoutError::Timeout) => panic!("no answer after {:?}", start.elapsed()),

@@ -11,6 +11,7 @@ mod oracle;
 mod overflow;
 mod real_adapters;
 mod hostile_config;
+mod hostile_index;
 mod hostile_safetensors;
 mod hostile_support;
 mod support;
