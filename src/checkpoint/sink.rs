@@ -9,9 +9,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::system;
+use super::{INDEX, SINGLE, system};
 use crate::error::{Error, Reason, Result};
-use crate::mapped::Input;
+use crate::mapped::{Input, is_there};
 
 /// What an output is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,9 +142,14 @@ impl Destination {
         if real == self.target || output.is_some() && output == input_chain.first().copied() {
             return Err(Error::new(Reason::IsInput { input: named() }));
         }
-        if output.is_some_and(|output| input_chain.contains(&output))
-            || real.starts_with(&self.target)
-        {
+        // A link to the input that lies in the output would vanish with it.
+        let holder = input.parent().and_then(|parent| match parent.as_os_str() {
+            empty if empty.is_empty() => Path::new(".").canonicalize().ok(),
+            _ => parent.canonicalize().ok(),
+        });
+        let holders = holder.map_or_else(Vec::new, |holder| identities(&holder));
+        let within = |output| input_chain.contains(&output) || holders.contains(&output);
+        if output.is_some_and(within) || real.starts_with(&self.target) {
             return Err(Error::new(Reason::ContainsInput { input: named() }));
         }
         let inside = real.is_dir()
@@ -191,15 +196,15 @@ impl Destination {
     }
 
     fn sibling(&self, end: &str) -> PathBuf {
-        let name = match self.name.char_indices().nth(120) {
-            // Room for the ending within the 255 bytes that file systems allow.
-            Some((cut, _)) => {
-                use std::hash::{DefaultHasher, Hash, Hasher};
-                let mut hasher = DefaultHasher::new();
-                self.name.hash(&mut hasher);
-                format!("{}-{:016x}", &self.name[..cut.min(180)], hasher.finish())
-            }
-            None => self.name.clone(),
+        // Room for the ending within the 255 bytes that file systems allow.
+        let name = if self.name.len() > 200 {
+            use std::hash::{DefaultHasher, Hash, Hasher};
+            let mut hasher = DefaultHasher::new();
+            self.name.hash(&mut hasher);
+            let cut = self.name.floor_char_boundary(180);
+            format!("{}-{:016x}", &self.name[..cut], hasher.finish())
+        } else {
+            self.name.clone()
         };
         self.parent.join(format!(".{name}.loratool-{end}"))
     }
@@ -212,8 +217,8 @@ impl Destination {
         let lock = Lock::take(&self.sibling("lock"), &self.target)?;
         let (temporary, aside) = (self.sibling("tmp"), self.sibling("old"));
         // Under the lock whatever carries these names was left by a run that died.
-        if std::fs::symlink_metadata(&aside).is_ok() {
-            if std::fs::symlink_metadata(&self.target).is_err() {
+        if is_there(&aside) {
+            if !is_there(&self.target) {
                 // It died between setting the old output aside and moving the new one in.
                 system::rename_new(&aside, &self.target)
                     .map_err(|e| Error::io(Reason::Rename, e).in_file(&aside))?;
@@ -251,18 +256,14 @@ impl Shape {
     }
 }
 
-/// Whether `--force` may replace a folder: it is empty or holds a checkpoint, not somebody's home.
+/// Whether `--force` may replace a folder: it is empty or one checkpoint, not somebody's home and not
+/// a collection of models.
 fn is_replaceable(folder: &Path) -> bool {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return false;
-    };
-    let names: Vec<String> = entries
-        .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-        .collect();
-    names.is_empty()
-        || names
-            .iter()
-            .any(|name| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json"))
+    let is_empty = || std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    [SINGLE, INDEX]
+        .iter()
+        .any(|name| is_there(&folder.join(name)))
+        || is_empty()
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -444,7 +445,12 @@ impl Sink {
             _ => Error::io(Reason::Rename, e).in_file(target),
         };
         faults.before(Operation::Rename).map_err(fail)?;
-        let exists = std::fs::symlink_metadata(target).is_ok();
+        let exists = is_there(target);
+        if exists && *force {
+            // Hours may have gone by: what is there now need not be what was checked.
+            let checked = self.destination.check_existing();
+            checked.map_err(|e| e.in_file(target))?;
+        }
         match (exists && *force, shape) {
             (false, _) => system::rename_new(&self.temporary, target).map_err(fail)?,
             (true, Shape::File) => std::fs::rename(&self.temporary, target).map_err(fail)?,
@@ -460,7 +466,9 @@ impl Sink {
         }
         self.published = true;
         // The rename is done: a failure from here on is about durability, not about content.
-        let result = sync(parent);
+        let result = sync(parent).map_err(|e| {
+            e.with_hint("the result is complete and in place, but may not survive a power cut")
+        });
         let _ = remove(&self.temporary);
         let _ = remove(&self.aside);
         result

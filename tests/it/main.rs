@@ -14,5 +14,6 @@ mod hostile_config;
 mod hostile_index;
 mod hostile_safetensors;
 mod hostile_support;
+mod output;
 mod support;
 mod tied;
