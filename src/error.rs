@@ -362,21 +362,18 @@ impl Reason {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = String::new();
+        // Part by part, so that a name of any length leaves the reason in sight.
         if let Some(file) = &self.0.file {
-            text.push_str(&file.to_string_lossy());
-            text.push_str(": ");
+            write!(f, "{}: ", printable(&file.to_string_lossy()))?;
         }
         if let Some(item) = &self.0.item {
-            text.push_str(item);
-            text.push_str(": ");
+            write!(f, "{}: ", printable(item))?;
         }
-        text.push_str(&self.0.reason.to_string());
+        f.write_str(&printable(&self.0.reason.to_string()))?;
         if let Some(source) = &self.0.source {
-            text.push_str(": ");
-            text.push_str(&source.to_string());
+            write!(f, ": {}", printable(&source.to_string()))?;
         }
-        f.write_str(&printable(&text))
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod hostile_config;
 mod hostile_index;
 mod hostile_safetensors;
 mod hostile_support;
+mod names;
 mod output;
 mod support;
 mod tied;
