@@ -234,13 +234,7 @@ fn rejects_metadata_that_say_something_twice() {
 
 #[test]
 fn rejects_metadata_that_are_not_texts() {
-    for metadata in [
-        "1",
-        "[]",
-        r#"{"a":1}"#,
-        r#"{"a":null}"#,
-        r#"{"a":{}}"#,
-    ] {
+    for metadata in ["1", "[]", r#"{"a":1}"#, r#"{"a":null}"#, r#"{"a":{}}"#] {
         let header = format!(r#"{{"__metadata__":{metadata}}}"#);
         assert_reason!(refused_header(header, 0), Reason::NotJson { .. });
     }
