@@ -146,6 +146,7 @@ reasons! {
         Rename => "cannot move into place",
         Inspect => "cannot look at",
         Lock => "cannot lock",
+        ReadBack => "what was read back is not what was written",
     }
     Malformed {
         Empty => "the file is empty",
@@ -178,6 +179,7 @@ reasons! {
         NotInShard { shard: String } => "the index places it in `{shard}`, which does not hold it",
         NotInIndex { shard: String } => "`{shard}` holds it, but the index does not name it",
         TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
+        LinkOutside => "it is a link that leads out of the folder; what it leads to is not copied into a result",
         NoAdapterConfig => "there is no `adapter_config.json` beside the weights",
         NoAdapterWeights => "no `adapter_model.safetensors` and no other single file of tensors is in this folder",
         RoleMissing { role: &'static str, suffix: String } => "the {role} factor (`{suffix}`) is missing",
@@ -201,7 +203,7 @@ reasons! {
         NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
         PatternLookAround { pattern: String } => "the pattern `{pattern}` needs more steps than its limit allows",
-        ReplicationTwice => "several adapters with layer replication cannot be merged together",
+        ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
         GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
         MethodOnTarget { method: &'static str, what: &'static str } => "{method} on {what} is not supported",
         ConvertType { dtype: String } => "tensors of type {dtype} cannot be converted",
@@ -211,6 +213,7 @@ reasons! {
         NoBias => "the adapter changes its bias, but the base has none",
         ReplacementShape { adapter: Vec<usize>, base: Vec<usize> } => "the adapter replaces it with shape {adapter:?}, the base has {base:?}",
         TwoReplacements { first: String, second: String } => "`{first}` and `{second}` replace it differently",
+        TwoModules { first: String, tensor: String } => "it and `{first}` both land on `{tensor}`",
         TokenRow { row: usize, rows: usize } => "token {row} is out of range: the embedding has {rows} rows",
         TokenCount { indices: usize, rows: usize } => "{indices} token indices, but {rows} rows of values",
         ReplicationRange { first: usize, last: usize, layers: usize } => "layer replication asks for layers {first}..{last}, the base has {layers}",
@@ -313,6 +316,14 @@ impl Error {
     /// Who has to act.
     pub fn kind(&self) -> Kind {
         self.0.reason.kind()
+    }
+
+    /// The reason with the operating system's own words, without the place.
+    pub fn cause(&self) -> String {
+        match &self.0.source {
+            Some(source) => format!("{}: {source}", self.0.reason),
+            None => self.0.reason.to_string(),
+        }
     }
 
     /// The file in question.

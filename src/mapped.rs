@@ -5,8 +5,8 @@
 //! instead of a death: [`guard_against_truncation`] (installed by the command line) answers the
 //! signal by putting a page of zeros there and marking the map as damaged, and
 //! [`Input::verify_unchanged`], which every operation calls before it publishes anything, reports
-//! the damage or any change of size, time or identity. The base of a merge is never mapped: it is
-//! streamed with `pread`, where a short file is an ordinary error.
+//! the damage or any change of size, time or identity. What a merge reads of its base goes through
+//! `pread`, where a short file is an ordinary error; it is mapped only where tensors are compared.
 //!
 //! This is one of the three rooms that may say `unsafe`.
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -175,6 +176,43 @@ impl Tensor {
         let mut bytes = vec![0; length];
         self.input.read_at(&mut bytes, offset)?;
         Ok(Cow::Owned(bytes))
+    }
+
+    /// Whether two tensors hold equal values in equal shapes, whatever their types; compared piece by
+    /// piece, so that neither is ever in memory whole.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_f64`].
+    pub fn equals(&self, other: &Tensor) -> Result<bool> {
+        let all = 0..self.elements();
+        Ok(self.shape == other.shape && self.equals_in(all, other, 0)?)
+    }
+
+    /// Whether the elements of a range equal as many of another tensor from `start` on.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_f64`].
+    pub fn equals_in(&self, range: Range<usize>, other: &Tensor, start: usize) -> Result<bool> {
+        const PIECE: usize = 1 << 16;
+        let (ours, theirs) = (self.float()?, other.float()?);
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for first in range.clone().step_by(PIECE) {
+            let count = PIECE.min(range.end - first);
+            let at = start + first - range.start;
+            let left = self.bytes_of(first * ours.size(), count * ours.size())?;
+            let right = other.bytes_of(at * theirs.size(), count * theirs.size())?;
+            if ours == theirs && left == right {
+                continue;
+            }
+            a.resize(count, 0.0);
+            b.resize(count, 0.0);
+            widen(ours, &left, &mut a);
+            widen(theirs, &right, &mut b);
+            if a != b {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// All elements, widened exactly to f64.

@@ -113,7 +113,7 @@ pub fn companions(folder: &Path) -> Result<Companions> {
         if path.is_dir() {
             folders.push((name, path));
         } else if is_companion(&name) {
-            found.copy(name, &path)?;
+            found.copy(name, &path, folder)?;
         } else if !is_weights(&name) {
             found.left.push(name);
         }
@@ -128,7 +128,7 @@ pub fn companions(folder: &Path) -> Result<Companions> {
                 if path.is_dir() || !wanted.iter().any(|end| file.ends_with(end)) {
                     found.left.push(name);
                 } else {
-                    found.copy(name, &path)?;
+                    found.copy(name, &path, folder)?;
                 }
             }
         } else {
@@ -139,7 +139,12 @@ pub fn companions(folder: &Path) -> Result<Companions> {
 }
 
 impl Companions {
-    fn copy(&mut self, name: String, path: &Path) -> Result<()> {
+    fn copy(&mut self, name: String, path: &Path, folder: &Path) -> Result<()> {
+        if !stays(path, folder) {
+            return Err(Error::new(Reason::LinkOutside)
+                .in_file(path)
+                .with_hint("put the file itself there, or remove the link"));
+        }
         let input = Arc::new(Input::open(path)?);
         if input.len() > LIMIT {
             let reason = Reason::FileTooLarge {
@@ -151,6 +156,20 @@ impl Companions {
         self.copied.push(Companion { name, input });
         Ok(())
     }
+}
+
+/// Whether a path leads to a file of the folder, or of the hub cache that the folder is a snapshot of.
+///
+/// A link out of a stranger's folder could carry any file of this machine into a published result.
+fn stays(path: &Path, folder: &Path) -> bool {
+    let (Ok(real), Ok(folder)) = (path.canonicalize(), folder.canonicalize()) else {
+        return false;
+    };
+    let blobs = folder
+        .parent()
+        .and_then(Path::parent)
+        .map(|repository| repository.join("blobs"));
+    real.starts_with(&folder) || blobs.is_some_and(|blobs| real.parent() == Some(&blobs))
 }
 
 /// Entries of a folder by name, hidden ones left out.

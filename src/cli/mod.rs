@@ -67,10 +67,13 @@ pub(crate) fn main() -> ExitCode {
         );
     }));
     let code = std::panic::catch_unwind(|| {
-        let matches = Cli::command().get_matches();
-        match Cli::from_arg_matches(&matches) {
-            Ok(cli) => run(cli.command, &matches),
-            Err(error) => error.exit(),
+        let parsed = Cli::command().try_get_matches().and_then(|matches| {
+            let cli = Cli::from_arg_matches(&matches)?;
+            Ok((cli, matches))
+        });
+        match parsed {
+            Ok((cli, matches)) => run(cli.command, &matches),
+            Err(error) => wrong_call(&error),
         }
     });
     ExitCode::from(code.unwrap_or(BUG))
@@ -99,6 +102,21 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
         Stderr::new().error(&error);
         error.kind().exit_code()
     })
+}
+
+/// Help and versions are no errors; a wrong call is a document where one was asked for.
+fn wrong_call(error: &clap::Error) -> u8 {
+    let code = error.exit_code();
+    if code != 0 && std::env::args_os().any(|argument| argument == "--json") {
+        let kind = loratool::Kind::Usage;
+        let text = error.render().to_string();
+        let problem =
+            serde_json::json!({ "kind": kind.name(), "exit_code": kind.exit_code(), "text": text });
+        render::json(&serde_json::json!({ "schema": 1, "error": problem }));
+    }
+    // A reader that left is no error.
+    let _ = error.print();
+    u8::try_from(code).unwrap_or(BUG)
 }
 
 /// Writing beyond `ulimit -f` must be an error of that write, not the death of the process.

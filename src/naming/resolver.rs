@@ -86,6 +86,9 @@ const PREFIXES: &[&str] = &[
     "_orig_mod.",
 ];
 
+/// Ends of prefixes that name a part of a model, where the others only wrap the whole.
+const TOWERS: &[&str] = &["text_model.", "vision_model.", "decoder."];
+
 /// Pieces of names that transformers 5 changed: on disk, in memory.
 const RENAMES: &[&[(&str, &str)]] = &[
     // mixtral, minimax, phimoe
@@ -229,11 +232,23 @@ fn spellings(path: &str) -> BTreeSet<String> {
             let Some(rest) = path.strip_prefix(old).filter(|rest| !rest.is_empty()) else {
                 continue;
             };
-            all.extend(PREFIXES.iter().map(|new| format!("{new}{rest}")));
+            // The towers of one model are not spellings of each other.
+            let other_tower =
+                |new: &str| matches!((tower(old), tower(new)), (Some(a), Some(b)) if a != b);
+            all.extend(
+                PREFIXES
+                    .iter()
+                    .filter(|new| !other_tower(new))
+                    .map(|new| format!("{new}{rest}")),
+            );
         }
     }
     all.remove(path);
     all
+}
+
+fn tower(prefix: &str) -> Option<&'static str> {
+    TOWERS.iter().copied().find(|tower| prefix.ends_with(tower))
 }
 
 fn join(path: &str, parameter: &str) -> String {
@@ -308,6 +323,15 @@ mod tests {
         assert_eq!(
             found,
             Resolution::Renamed(place("model.layers.0.mlp.gate.weight"))
+        );
+    }
+
+    #[test]
+    fn one_tower_of_a_model_never_stands_for_another() {
+        let base = Resolver::new(["vision_model.encoder.layers.0.q.weight"]);
+        assert_eq!(
+            base.resolve("text_model.encoder.layers.0.q", "weight"),
+            Resolution::Unresolved
         );
     }
 

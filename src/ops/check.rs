@@ -152,7 +152,7 @@ impl Verdict {
             kind: error.kind().name().to_owned(),
             file: file.clone(),
             item: error.item().map(str::to_owned),
-            text: error.reason().to_string(),
+            text: error.cause(),
         };
         if error.cases().len() > 1 {
             let case = |case: &String| Finding {

@@ -351,6 +351,12 @@ fn an_error_is_json_when_json_was_asked_for() {
     let document: Value = serde_json::from_slice(&run.stdout).unwrap();
     assert_eq!(document["error"]["kind"], "io");
     assert_eq!(run.status.code(), Some(3));
+    let run = loratool(&["merge", "--json"]);
+    let document: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert_eq!(
+        (document["error"]["kind"].as_str(), run.status.code()),
+        (Some("usage"), Some(2))
+    );
     let run = loratool(&["check", "/nowhere/at/all", "--json"]);
     let document: Value = serde_json::from_slice(&run.stdout).unwrap();
     assert_eq!(document["clean"], false);
@@ -497,6 +503,61 @@ fn check_is_clean_only_when_nothing_at_all_is_odd() {
     assert_eq!(wrong_base.status.code(), Some(7));
     let base = loratool(&["check", &path(&fixture(LLAMA))]);
     assert_eq!(base.status.code(), Some(0), "{}", text(&base.stdout));
+}
+
+#[test]
+fn a_linked_file_outside_the_base_is_not_carried_into_the_result() {
+    let out = tempfile::tempdir().unwrap();
+    let (base, adapter) = model(out.path(), 1, 4);
+    let secret = out.path().join("id_rsa");
+    std::fs::write(&secret, "secret").unwrap();
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(&secret, base.join("tokenizer.json")).unwrap();
+        let run = merge(&base, &adapter, &out.path().join("merged"), &[]);
+        assert_eq!(run.status.code(), Some(4), "{}", text(&run.stderr));
+        assert!(text(&run.stderr).contains("tokenizer.json"));
+        assert!(!out.path().join("merged").exists());
+    }
+}
+
+#[test]
+fn two_modules_or_two_tensors_for_one_place_are_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let (base, adapter) = model(out.path(), 1, 4);
+    let factors = |path: &str| {
+        ["A", "B"].map(|factor| {
+            (
+                format!("base_model.model.{path}.lora_{factor}.weight"),
+                vec![4, 4],
+                vec![0u8; 64],
+            )
+        })
+    };
+    let file = adapter.join("adapter_model.safetensors");
+    write(
+        &file,
+        &[factors("layers.0.proj"), factors("model.layers.0.proj")].concat(),
+    );
+    let run = merge(&base, &adapter, &out.path().join("merged"), &[]);
+    assert_eq!(run.status.code(), Some(6), "{}", text(&run.stderr));
+    assert!(text(&run.stderr).contains("both land on `layers.0.proj.weight`"));
+    let whole = |name: &str, byte: u8| {
+        (
+            format!("base_model.model.layers.0.proj.{name}"),
+            vec![4, 4],
+            vec![byte; 64],
+        )
+    };
+    write(
+        &file,
+        &[
+            whole("weight", 1),
+            whole("modules_to_save.default.weight", 2),
+        ],
+    );
+    let run = merge(&base, &adapter, &out.path().join("merged"), &[]);
+    assert_eq!(run.status.code(), Some(6), "{}", text(&run.stderr));
 }
 
 #[test]

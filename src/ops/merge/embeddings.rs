@@ -155,7 +155,7 @@ fn same(a: &PlannedTensor, b: &PlannedTensor, adapters: &[Opened]) -> Result<boo
     }
     let one_place = a.source.offset == b.source.offset
         && std::sync::Arc::ptr_eq(&a.source.input, &b.source.input);
-    Ok(one_place || a.source.to_f64()? == b.source.to_f64()?)
+    Ok(one_place || a.source.equals(&b.source)?)
 }
 
 /// Whether `head` adds what `embedding` adds: the same factors, transposed and in the other role.

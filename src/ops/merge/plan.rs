@@ -13,7 +13,7 @@ use crate::adapter::{
 };
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::companions::{Companions, companions, has_tokenizer};
-use crate::checkpoint::config::Edit;
+use crate::checkpoint::config::{self, Edit};
 use crate::checkpoint::sink::{Destination, Faults, Shape};
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found};
@@ -157,6 +157,7 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
     if shape == Shape::Folder {
         own_tokenizers(&adapters, &mut notices);
     }
+    let edits = applied(&base, shape, edits, &mut notices)?;
     let files = layout::files(&base, tensors, options.shard_size, shape, &options.output)?;
     let options = options.clone();
     let plan = Plan {
@@ -479,6 +480,10 @@ impl<'a> Planner<'a> {
                     self.missing.ambiguous(&replacement.name, &names);
                     false
                 }
+                // Another adapter may have added the same head.
+                Resolution::Unresolved if self.by_name.contains_key(&replacement.name) => {
+                    self.replace(index, replacement, &replacement.name)?
+                }
                 Resolution::Unresolved => self.add(index, replacement),
             };
             let strength = opened.strength_of(&replacement.name)?;
@@ -503,24 +508,18 @@ impl<'a> Planner<'a> {
                 dtype: new.dtype.to_string(),
             })
         })?;
-        if let Some(first) = tensor.replaced_by
-            && first != index
-        {
-            let same =
-                tensor.source.shape == new.shape && tensor.source.to_f64()? == new.to_f64()?;
-            if same {
+        if let Some(first) = tensor.replaced_by {
+            if tensor.source.equals(new)? {
                 return Ok(true);
             }
-            let first = self.adapters[first]
-                .found
-                .path
-                .to_string_lossy()
-                .into_owned();
-            let second = self.adapters[index]
-                .found
-                .path
-                .to_string_lossy()
-                .into_owned();
+            let path = |index: usize| {
+                self.adapters[index]
+                    .found
+                    .path
+                    .to_string_lossy()
+                    .into_owned()
+            };
+            let (first, second) = (path(first), path(index));
             return fail(Reason::TwoReplacements { first, second });
         }
         if tensor.shape != new.shape {
@@ -557,7 +556,7 @@ impl<'a> Planner<'a> {
         if replacement.kind == ReplacementKind::BaseLayer
             && tensor.shape == new.shape
             && tensor.source.dtype == new.dtype
-            && tensor.source.bytes()? == new.bytes()?
+            && tensor.source.equals(new)?
         {
             return Ok(false);
         }
@@ -652,6 +651,17 @@ impl<'a> Planner<'a> {
             geometry,
             renamed,
         };
+        let twice = self.tensors[target].modules.iter().find(|other| {
+            let rows = other.rows.start < planned.rows.end && planned.rows.start < other.rows.end;
+            other.adapter == index && other.geometry.part == Part::Weight && rows
+        });
+        if let Some(other) = twice {
+            let first = opened.adapter.modules[other.module].path.clone();
+            return Err(module.error(Reason::TwoModules {
+                first,
+                tensor: name.to_owned(),
+            }));
+        }
         self.tensors[target].modules.push(planned);
         if module.method.order() == Order::Sequential && strength != 1.0 {
             let text = format!(
@@ -861,8 +871,7 @@ fn touchable(tensor: &PlannedTensor) -> Result<()> {
 
 fn same_row(a: &Tensor, row_a: usize, b: &Tensor, row_b: usize) -> Result<bool> {
     let width = a.dimension(1);
-    Ok(a.to_f64()?[row_a * width..(row_a + 1) * width]
-        == b.to_f64()?[row_b * width..(row_b + 1) * width])
+    a.equals_in(row_a * width..(row_a + 1) * width, b, row_b * width)
 }
 
 /// The tensors of the output before anything is merged: the base's, its layers perhaps repeated.
@@ -1194,6 +1203,42 @@ pub(in crate::ops) fn other_base_of(base: &Checkpoint, adapter: &Adapter) -> Opt
 
 fn other_base(base: &Checkpoint, opened: &Opened) -> Option<Notice> {
     other_base_of(base, &opened.adapter).map(|notice| notice.in_file(&opened.found.path))
+}
+
+/// The changes that the copied configuration really gets.
+fn applied(
+    base: &Checkpoint,
+    shape: Shape,
+    edits: Vec<Edit>,
+    notices: &mut Vec<Notice>,
+) -> Result<Vec<Edit>> {
+    if let Some(config) = base
+        .config
+        .as_ref()
+        .filter(|_| base.is_folder && shape == Shape::Folder)
+    {
+        let text = config.input.read_all(64 << 20)?;
+        let changes =
+            |edit: &Edit| config::edit(&text, std::slice::from_ref(edit)).map(|new| new != text);
+        let mut kept = Vec::new();
+        for edit in edits {
+            if changes(&edit).map_err(|e| e.in_file(config.input.path()))? {
+                kept.push(edit);
+            }
+        }
+        return Ok(kept);
+    }
+    for edit in edits
+        .iter()
+        .filter(|edit| edit.insert || edit.field == "vocab_size")
+    {
+        let text = format!(
+            "no config.json is written beside the result; set {} to {} in yours",
+            edit.field, edit.value
+        );
+        notices.push(Notice::new(NoticeKind::Untied, text).on(edit.field));
+    }
+    Ok(Vec::new())
 }
 
 fn own_tokenizers(adapters: &[Opened], notices: &mut Vec<Notice>) {

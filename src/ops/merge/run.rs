@@ -122,7 +122,7 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
                     .is_some_and(|found| found.shape == wanted.shape && found.dtype == wanted.dtype)
             });
         if !same {
-            return Err(Error::new(Reason::InputChanged).in_file(path));
+            return Err(Error::new(Reason::ReadBack).in_file(path));
         }
     }
     Ok(())
