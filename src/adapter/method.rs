@@ -33,6 +33,15 @@ pub trait Method: Sync + Debug {
     /// Whether it changes the layer's bias as well.
     fn bias(&self, module: &Module) -> BiasUse;
 
+    /// Whether `other` adds the transpose of what `module` adds, bit for bit in its parameters: a power
+    /// that additive methods may have, asked where an embedding and an output share one tensor.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn is_transpose(&self, _module: &Module, _other: &Module) -> Result<bool> {
+        Ok(false)
+    }
+
     /// What it does to one tensor of the base, ready to be applied to blocks of rows.
     ///
     /// # Errors

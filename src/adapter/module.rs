@@ -4,34 +4,19 @@ use super::method::Method;
 use crate::error::{Error, Reason, Result};
 use crate::tensor::Tensor;
 
-/// What a tensor is to its method.
+/// What a tensor is to its method. Each method defines its own, in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Role {
-    /// LoRA's A, r × in: maps inputs to the rank.
-    Down,
-    /// LoRA's B, out × r: maps the rank to outputs.
-    Up,
-    /// What LoRA adds to the bias, one value per output.
-    Bias,
-    /// DoRA's norms, one per output.
-    Magnitude,
-    /// IA3's factors on inputs.
-    InputScale,
-    /// IA3's factors on outputs.
-    OutputScale,
-}
+pub struct Role(&'static str);
 
 impl Role {
+    /// A role by the word for it.
+    pub const fn new(name: &'static str) -> Self {
+        Role(name)
+    }
+
     /// The word for it.
     pub fn name(self) -> &'static str {
-        match self {
-            Role::Down => "down",
-            Role::Up => "up",
-            Role::Bias => "bias",
-            Role::Magnitude => "magnitude",
-            Role::InputScale => "input scale",
-            Role::OutputScale => "output scale",
-        }
+        self.0
     }
 }
 

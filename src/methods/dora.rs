@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::lora::{check_factors, extent_of_factors, product};
+use super::lora::{DOWN, UP, check_factors, extent_of_factors, product};
 use crate::adapter::factor::Product;
 use crate::adapter::{
     BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
@@ -19,6 +19,9 @@ use crate::adapter::{
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
+
+/// The learned norms, one per output.
+pub const MAGNITUDE: Role = Role::new("magnitude");
 
 /// The method.
 pub static DORA: Dora = Dora;
@@ -35,17 +38,17 @@ impl Method for Dora {
     fn roles(&self) -> &'static [RoleUse] {
         &[
             RoleUse {
-                role: Role::Down,
+                role: DOWN,
                 suffix: "lora_down.weight",
                 required: true,
             },
             RoleUse {
-                role: Role::Up,
+                role: UP,
                 suffix: "lora_up.weight",
                 required: true,
             },
             RoleUse {
-                role: Role::Magnitude,
+                role: MAGNITUDE,
                 suffix: "dora_scale",
                 required: true,
             },
@@ -58,7 +61,7 @@ impl Method for Dora {
 
     fn check(&self, module: &Module) -> Result<()> {
         check_factors(module)?;
-        let (magnitude, up) = (module.require(Role::Magnitude)?, module.require(Role::Up)?);
+        let (magnitude, up) = (module.require(MAGNITUDE)?, module.require(UP)?);
         if magnitude.elements() != up.dimension(0) {
             let problem = format!(
                 "the magnitude has shape {:?}, the outputs are {}",
@@ -75,7 +78,7 @@ impl Method for Dora {
     }
 
     fn rank(&self, module: &Module) -> Option<usize> {
-        module.get(Role::Down).map(|down| down.dimension(0))
+        module.get(DOWN).map(|down| down.dimension(0))
     }
 
     fn bias(&self, _module: &Module) -> BiasUse {
@@ -86,7 +89,7 @@ impl Method for Dora {
         debug_assert_eq!(on.part, Part::Weight);
         Ok(Box::new(Normalised {
             product: product(module, on.orientation, module.scale.value)?,
-            magnitude: module.require(Role::Magnitude)?.to_f64()?,
+            magnitude: module.require(MAGNITUDE)?.to_f64()?,
             squares: match on.orientation {
                 Orientation::OutputsFirst => None,
                 Orientation::InputsFirst => Some(vec![0.0; on.columns]),

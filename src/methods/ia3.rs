@@ -13,6 +13,12 @@ use crate::adapter::{
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
 
+/// Factors on inputs.
+pub const INPUT_SCALE: Role = Role::new("input scale");
+
+/// Factors on outputs.
+pub const OUTPUT_SCALE: Role = Role::new("output scale");
+
 /// The method.
 pub static IA3: Ia3 = Ia3;
 
@@ -28,12 +34,12 @@ impl Method for Ia3 {
     fn roles(&self) -> &'static [RoleUse] {
         &[
             RoleUse {
-                role: Role::OutputScale,
+                role: OUTPUT_SCALE,
                 suffix: "ia3_l",
                 required: false,
             },
             RoleUse {
-                role: Role::InputScale,
+                role: INPUT_SCALE,
                 suffix: "ia3_l",
                 required: false,
             },
@@ -65,8 +71,8 @@ impl Method for Ia3 {
 
     fn extent(&self, module: &Module) -> Extent {
         Extent {
-            outputs: module.get(Role::OutputScale).map(|scale| scale.elements()),
-            inputs: module.get(Role::InputScale).map(|scale| scale.elements()),
+            outputs: module.get(OUTPUT_SCALE).map(|scale| scale.elements()),
+            inputs: module.get(INPUT_SCALE).map(|scale| scale.elements()),
             with_kernel: false,
         }
     }
@@ -76,7 +82,7 @@ impl Method for Ia3 {
     }
 
     fn bias(&self, module: &Module) -> BiasUse {
-        match module.get(Role::OutputScale) {
+        match module.get(OUTPUT_SCALE) {
             Some(_) => BiasUse::IfPresent,
             None => BiasUse::No,
         }
@@ -84,7 +90,7 @@ impl Method for Ia3 {
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let (role, scale) = &module.parameters[0];
-        let outputs = *role == Role::OutputScale;
+        let outputs = *role == OUTPUT_SCALE;
         let per_row = outputs == (on.orientation == Orientation::OutputsFirst);
         let elements_per_factor = if outputs || per_row { 1 } else { on.kernel };
         Ok(Box::new(Multiply {

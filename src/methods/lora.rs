@@ -15,6 +15,15 @@ use crate::adapter::{
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
 
+/// A, r × in (× kernel): maps inputs to the rank.
+pub const DOWN: Role = Role::new("down");
+
+/// B, out × r (× 1…): maps the rank to outputs.
+pub const UP: Role = Role::new("up");
+
+/// What is added to the bias, one value per output.
+pub const BIAS: Role = Role::new("bias");
+
 /// The method.
 pub static LORA: Lora = Lora;
 
@@ -30,17 +39,17 @@ impl Method for Lora {
     fn roles(&self) -> &'static [RoleUse] {
         &[
             RoleUse {
-                role: Role::Down,
+                role: DOWN,
                 suffix: "lora_down.weight",
                 required: true,
             },
             RoleUse {
-                role: Role::Up,
+                role: UP,
                 suffix: "lora_up.weight",
                 required: true,
             },
             RoleUse {
-                role: Role::Bias,
+                role: BIAS,
                 suffix: "lora_up.bias",
                 required: false,
             },
@@ -60,14 +69,28 @@ impl Method for Lora {
     }
 
     fn rank(&self, module: &Module) -> Option<usize> {
-        module.get(Role::Down).map(|down| down.dimension(0))
+        module.get(DOWN).map(|down| down.dimension(0))
     }
 
     fn bias(&self, module: &Module) -> BiasUse {
-        match module.get(Role::Bias) {
+        match module.get(BIAS) {
             Some(_) => BiasUse::Required,
             None => BiasUse::No,
         }
+    }
+
+    fn is_transpose(&self, module: &Module, other: &Module) -> Result<bool> {
+        let equal = |a: Role, b: Role| -> Result<bool> {
+            let (a, b) = (module.require(a)?, other.require(b)?);
+            if a.elements() != b.elements() || a.dimension(0) != b.dimension(1) {
+                return Ok(false);
+            }
+            let a = Factor::new(a, a.dimension(0))?;
+            let b = Factor::new(b, b.dimension(0))?.t();
+            let all = |factor: &Factor| factor.block(0..factor.rows(), 0..factor.columns());
+            Ok(all(&a)? == all(&b)?)
+        };
+        Ok(module.parameters.len() == 2 && equal(DOWN, UP)? && equal(UP, DOWN)?)
     }
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
@@ -76,7 +99,7 @@ impl Method for Lora {
             Part::Weight => product(module, on.orientation, c)?,
             Part::Bias => {
                 // acc = fma(bias, 1, +0): the bias itself, as a chain of one link.
-                let bias = Factor::new(module.require(Role::Bias)?, 1)?;
+                let bias = Factor::new(module.require(BIAS)?, 1)?;
                 Product::of_row(bias, c)?
             }
         })))
@@ -85,7 +108,7 @@ impl Method for Lora {
 
 /// Checks A (r × in × kernel…) against B (out × r × 1…).
 pub(super) fn check_factors(module: &Module) -> Result<()> {
-    let (down, up) = (module.require(Role::Down)?, module.require(Role::Up)?);
+    let (down, up) = (module.require(DOWN)?, module.require(UP)?);
     let fail = |problem: String| Err(module.error(Reason::FactorShape { problem }));
     if down.shape.len() < 2 || up.shape.len() < 2 {
         return fail(format!(
@@ -108,7 +131,7 @@ pub(super) fn check_factors(module: &Module) -> Result<()> {
             up.shape
         ));
     }
-    if let Some(bias) = module.get(Role::Bias)
+    if let Some(bias) = module.get(BIAS)
         && bias.shape != [up.dimension(0)]
     {
         return fail(format!(
@@ -122,9 +145,9 @@ pub(super) fn check_factors(module: &Module) -> Result<()> {
 
 pub(super) fn extent_of_factors(module: &Module) -> Extent {
     let inputs = module
-        .get(Role::Down)
+        .get(DOWN)
         .map(|down| down.shape[1..].iter().product());
-    let outputs = module.get(Role::Up).map(|up| up.dimension(0));
+    let outputs = module.get(UP).map(|up| up.dimension(0));
     Extent {
         outputs,
         inputs,
@@ -134,7 +157,7 @@ pub(super) fn extent_of_factors(module: &Module) -> Extent {
 
 /// B · A as rows × columns of the stored matrix.
 pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
-    let (down, up) = (module.require(Role::Down)?, module.require(Role::Up)?);
+    let (down, up) = (module.require(DOWN)?, module.require(UP)?);
     let down = Factor::new(down, down.dimension(0))?;
     let up = Factor::new(up, up.dimension(0))?;
     match orientation {

@@ -2,13 +2,9 @@
 
 use crate::adapter::Method;
 
-mod dora;
-mod ia3;
-mod lora;
-
-pub use dora::DORA;
-pub use ia3::IA3;
-pub use lora::LORA;
+pub mod dora;
+pub mod ia3;
+pub mod lora;
 
 /// Every method.
-pub static METHODS: &[&dyn Method] = &[&LORA, &DORA, &IA3];
+pub static METHODS: &[&dyn Method] = &[&lora::LORA, &dora::DORA, &ia3::IA3];

@@ -136,7 +136,7 @@ fn foul_words_in_a_configuration_are_escaped() {
             format!("{word}: 1, {word}: 2"),
             format!("\"rank_pattern\": {{{}: 2}}", quoted(&format!("({foul}"))),
             format!("\"feedforward_modules\": {}", quoted(&format!("({foul}"))),
-            format!("{word}"),
+            word.to_string(),
         ];
         for field in fields {
             let room = Room::new();

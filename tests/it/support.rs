@@ -74,7 +74,7 @@ pub(crate) fn write_safetensors(path: &Path, tensors: &[(&str, Stored)]) {
         header.insert((*name).to_owned(), entry);
     }
     let mut header = serde_json::to_string(&header).unwrap();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();

@@ -4,24 +4,17 @@
 
 use std::collections::HashMap;
 
+use super::tuners::{TUNERS, Tuner};
 use crate::adapter::Scale;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Pattern;
 
-/// The tuners that can be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Tuner {
-    Lora,
-    Ia3,
-}
-
 /// What a configuration says, checked.
 #[derive(Debug)]
 pub(super) struct Settings {
-    pub(super) tuner: Tuner,
-    pub(super) use_dora: bool,
+    pub(super) tuner: &'static Tuner,
     pub(super) lora_bias: bool,
     pub(super) trains_biases: bool,
     pub(super) ensure_weight_tying: bool,
@@ -152,16 +145,16 @@ impl Settings {
             Some(_) => return Err(wrong("peft_type", "a text")),
             None => "LORA", // PEFT's own earliest files, and tools that write only r and lora_alpha
         };
-        let tuner = match kind {
-            "LORA" => Tuner::Lora,
-            "IA3" => Tuner::Ia3,
-            other => {
-                return Err(Error::new(Reason::Method {
-                    name: other.to_owned(),
+        let dora = flag(object, "use_dora")?;
+        let tuner = TUNERS
+            .iter()
+            .find(|tuner| tuner.name == kind && tuner.dora == dora)
+            .ok_or_else(|| {
+                Error::new(Reason::Method {
+                    name: kind.to_owned(),
                 })
-                .on("peft_type"));
-            }
-        };
+                .on("peft_type")
+            })?;
         let notices = check_fields(object, allowed)?;
         let flag = |name| flag(object, name);
         let bias = match object.get("bias") {
@@ -177,14 +170,13 @@ impl Settings {
             ));
         }
         check_initialisation(object)?;
-        let (rank, alpha) = match tuner {
-            Tuner::Lora => (rank(object)?, alpha(object)?),
-            Tuner::Ia3 => (1, 1.0),
+        let (rank, alpha) = match tuner.scaled {
+            true => (rank(object)?, alpha(object)?),
+            false => (1, 1.0),
         };
         let vacant = |name: &str| object.get(name).is_none_or(Value::is_vacant);
         Ok(Settings {
             tuner,
-            use_dora: flag("use_dora")?,
             lora_bias: flag("lora_bias")?,
             trains_biases: bias != "none",
             ensure_weight_tying: flag("ensure_weight_tying")?,

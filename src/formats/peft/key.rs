@@ -23,13 +23,11 @@ pub(super) struct Key {
 /// What the end of a key says.
 #[derive(Debug, PartialEq)]
 pub(super) enum Tail {
-    LoraA,
-    LoraB,
-    LoraBias,
-    EmbeddingA,
-    EmbeddingB,
-    Magnitude,
-    Ia3,
+    /// A tensor of a tuner: its segment, and `weight`, `bias` or nothing behind it.
+    Tuner {
+        token: String,
+        end: String,
+    },
     Tokens,
     /// A whole parameter of the model, by its own name.
     Whole(String),
@@ -45,7 +43,8 @@ impl Key {
     pub(super) fn parse(name: &str) -> Self {
         let path = name.strip_prefix(PREFIX).unwrap_or(name);
         let segments: Vec<&str> = path.split('.').collect();
-        match segments.iter().position(|segment| is_tuner(segment)) {
+        let from_end = |at: usize| segments.len() - at;
+        match (0..segments.len()).find(|at| is_tuner(segments[*at], from_end(*at))) {
             Some(at) => Self::of_tuner(&segments, at),
             None => Self::of_model(&segments),
         }
@@ -66,17 +65,13 @@ impl Key {
             _ => (rest, None),
         };
         let tail = match (segments[at], parameter, rest.is_empty()) {
+            ("lora_velora_embed" | "lora_monteclora_sampler", ..) => Tail::TrainingState,
             (_, _, false) => Tail::Unknown,
-            ("lora_A", Some("weight"), _) => Tail::LoraA,
-            ("lora_B", Some("weight"), _) => Tail::LoraB,
-            ("lora_B", Some("bias"), _) => Tail::LoraBias,
-            ("lora_embedding_A", None, _) => Tail::EmbeddingA,
-            ("lora_embedding_B", None, _) => Tail::EmbeddingB,
-            ("lora_magnitude_vector", None | Some("weight"), _) => Tail::Magnitude,
-            ("ia3_l", None, _) => Tail::Ia3,
             ("token_adapter" | "trainable_tokens_delta", None, _) => Tail::Tokens,
-            ("lora_velora_embed" | "lora_monteclora_sampler", _, _) => Tail::TrainingState,
-            _ => Tail::Unknown,
+            (token, end, _) => Tail::Tuner {
+                token: token.to_owned(),
+                end: end.unwrap_or_default().to_owned(),
+            },
         };
         let owner = &segments[..at];
         // `attn.base_layer.out_proj` is the second adapted layer of nn.MultiheadAttention.
@@ -133,7 +128,7 @@ fn module_path(segments: &[&str]) -> String {
 }
 
 /// Whether a segment is the name of a tuner's tensor rather than of a module.
-fn is_tuner(segment: &str) -> bool {
+fn is_tuner(segment: &str, from_end: usize) -> bool {
     const EXACT: &[&str] = &[
         "token_adapter",
         "trainable_tokens_delta",
@@ -142,8 +137,6 @@ fn is_tuner(segment: &str) -> bool {
         "prompt_embeddings",
     ];
     const PREFIXES: &[&str] = &[
-        "lora_",
-        "ia3_",
         "hada_",
         "lokr_",
         "oft_",
@@ -178,7 +171,13 @@ fn is_tuner(segment: &str) -> bool {
         "ln_tuning_",
         "adaption_",
     ];
-    EXACT.contains(&segment) || PREFIXES.iter().any(|prefix| segment.starts_with(prefix))
+    // Modules may be called `poly_encoder`; a tuner's tensor has at most two segments behind it.
+    let prefixed = || from_end <= 3 && PREFIXES.iter().any(|prefix| segment.starts_with(prefix));
+    ["lora_", "ia3_"]
+        .iter()
+        .any(|prefix| segment.starts_with(prefix))
+        || EXACT.contains(&segment)
+        || prefixed()
 }
 
 #[cfg(test)]
@@ -190,12 +189,20 @@ mod tests {
         (key.path, key.tail)
     }
 
+    fn tail(token: &str, end: &str) -> Tail {
+        Tail::Tuner {
+            token: token.into(),
+            end: end.into(),
+        }
+    }
+
     #[test]
     fn only_the_first_prefix_is_peft_s_own() {
-        let (path, tail) = parsed("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+        let (path, found) =
+            parsed("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
         assert_eq!(
-            (path.as_str(), tail),
-            ("model.layers.0.self_attn.q_proj", Tail::LoraA)
+            (path.as_str(), found),
+            ("model.layers.0.self_attn.q_proj", tail("lora_A", "weight"))
         );
         let (path, _) = parsed("base_model.model.base_model.model.x.lora_B.weight");
         assert_eq!(path, "base_model.model.x");
@@ -204,7 +211,7 @@ mod tests {
     #[test]
     fn an_adapter_name_left_in_the_key_is_taken_out() {
         for name in ["m.lora_A.default.weight", "m.lora_A.weight"] {
-            assert_eq!(parsed(name), ("m".into(), Tail::LoraA));
+            assert_eq!(parsed(name), ("m".into(), tail("lora_A", "weight")));
         }
         assert_eq!(
             Key::parse("m.lora_B.mine.weight").adapter_name.as_deref(),
@@ -212,15 +219,15 @@ mod tests {
         );
         assert_eq!(
             parsed("m.lora_embedding_A.default"),
-            ("m".into(), Tail::EmbeddingA)
+            ("m".into(), tail("lora_embedding_A", ""))
         );
         assert_eq!(
             parsed("m.lora_magnitude_vector.default.weight"),
-            ("m".into(), Tail::Magnitude)
+            ("m".into(), tail("lora_magnitude_vector", "weight"))
         );
         assert_eq!(
             parsed("m.lora_magnitude_vector"),
-            ("m".into(), Tail::Magnitude)
+            ("m".into(), tail("lora_magnitude_vector", ""))
         );
     }
 
@@ -241,16 +248,21 @@ mod tests {
     }
 
     #[test]
-    fn tensors_of_other_tuners_are_unknown_instead_of_whole() {
+    fn tensors_of_other_tuners_are_never_taken_for_whole_ones() {
         for name in [
             "m.lora_E",
             "m.lora_diag",
             "m.oft_R.weight",
             "m.lora_A.bias",
-            "m.lora_A.a.b.weight",
+            "m.poly_lora_A",
         ] {
-            assert_eq!(parsed(name).1, Tail::Unknown, "{name}");
+            assert!(matches!(parsed(name).1, Tail::Tuner { .. }), "{name}");
         }
+        assert_eq!(parsed("m.lora_A.a.b.weight").1, Tail::Unknown);
+        assert_eq!(
+            parsed("poly_encoder.layers.0.proj.weight").1,
+            Tail::Whole("weight".into())
+        );
     }
 
     #[test]

@@ -10,11 +10,10 @@ use std::path::Path;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
-    Adapter, Facts, Layer, Method, Module, Replacement, ReplacementKind, Role, Scale, TokenRows,
+    Adapter, Facts, Layer, Module, Replacement, ReplacementKind, Role, Scale, TokenRows,
 };
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
-use crate::methods::{DORA, IA3, LORA};
 use crate::naming::path;
 use crate::notice::{Notice, NoticeKind};
 use crate::printable::acts_on_a_terminal;
@@ -22,9 +21,11 @@ use crate::tensor::Tensor;
 
 mod config;
 mod key;
+mod tuners;
 
-use config::{Settings, Tuner};
+use config::Settings;
 use key::{Key, Tail};
+use tuners::{Reads, Tuner};
 
 /// The format.
 pub(super) struct Peft;
@@ -137,34 +138,19 @@ impl<'a> Reader<'a> {
     fn sort(&mut self, tensor: &Tensor) {
         let key = Key::parse(&tensor.name);
         self.adapter_names.extend(key.adapter_name.clone());
-        let role = match (&key.tail, self.settings.tuner) {
-            (Tail::LoraA, Tuner::Lora) => Some(Role::Down),
-            (Tail::LoraB, Tuner::Lora) => Some(Role::Up),
-            (Tail::LoraBias, Tuner::Lora) if self.settings.lora_bias => Some(Role::Bias),
-            (Tail::EmbeddingA, Tuner::Lora) => Some(Role::Down),
-            (Tail::EmbeddingB, Tuner::Lora) => Some(Role::Up),
-            (Tail::Magnitude, Tuner::Lora) if self.settings.use_dora => Some(Role::Magnitude),
-            (Tail::Ia3, Tuner::Ia3) => match self.ia3_role(&key.path, tensor) {
-                Ok(role) => Some(role),
-                Err(error) => return self.problems.push(error.in_file(self.config)),
-            },
-            _ => None,
-        };
-        if let Some(role) = role {
-            let next = self.order.len();
-            let index = *self.order.entry(key.path.clone()).or_insert(next);
-            let (_, parts) = self
-                .parts
-                .entry(index)
-                .or_insert_with(|| (key.path.clone(), Parts::default()));
-            if parts.parameters.iter().any(|(known, _)| *known == role) {
-                self.unknown
-                    .push(format!("{} (a second {} factor)", tensor.name, role.name()));
-                return;
+        if let Tail::Tuner { token, end } = &key.tail
+            && let Some(spelled) = self.settings.tuner.spelled(token, end)
+        {
+            let role = match spelled.reads {
+                Reads::As(role) => Ok(Some(role)),
+                Reads::If(holds, role) => Ok(holds(self.settings).then_some(role)),
+                Reads::By(role) => role(self.settings, &key.path, tensor).map(Some),
+            };
+            match role {
+                Ok(Some(role)) => self.parameter(key, role, spelled.layer, tensor),
+                Ok(None) => self.unknown.push(tensor.name.clone()),
+                Err(error) => self.problems.push(error.in_file(self.config)),
             }
-            parts.embedding |= matches!(key.tail, Tail::EmbeddingA | Tail::EmbeddingB);
-            parts.output_projection |= key.output_projection;
-            parts.parameters.push((role, tensor.clone()));
             return;
         }
         match key.tail {
@@ -182,6 +168,23 @@ impl<'a> Reader<'a> {
             }
             _ => self.unknown.push(tensor.name.clone()),
         }
+    }
+
+    fn parameter(&mut self, key: Key, role: Role, layer: Layer, tensor: &Tensor) {
+        let next = self.order.len();
+        let index = *self.order.entry(key.path.clone()).or_insert(next);
+        let (_, parts) = self
+            .parts
+            .entry(index)
+            .or_insert_with(|| (key.path, Parts::default()));
+        if parts.parameters.iter().any(|(known, _)| *known == role) {
+            self.unknown
+                .push(format!("{} (a second {} factor)", tensor.name, role.name()));
+            return;
+        }
+        parts.embedding |= layer == Layer::Embedding;
+        parts.output_projection |= key.output_projection;
+        parts.parameters.push((role, tensor.clone()));
     }
 
     fn replace(&mut self, path: String, parameter: String, base_layer: bool, tensor: &Tensor) {
@@ -220,30 +223,16 @@ impl<'a> Reader<'a> {
         });
     }
 
-    fn ia3_role(&self, path: &str, tensor: &Tensor) -> Result<Role> {
-        // For matrices the stored shape alone decides, as in PEFT's own forward pass.
-        Ok(match tensor.shape.as_slice() {
-            [1, inputs] if *inputs != 1 => Role::InputScale,
-            [outputs, 1] if *outputs != 1 => Role::OutputScale,
-            _ if self.settings.is_feedforward(path)? => Role::InputScale,
-            _ => Role::OutputScale,
-        })
-    }
-
     fn module(&mut self, path: String, parts: Parts) -> Result<Module> {
-        let method: &'static dyn Method = match self.settings.tuner {
-            Tuner::Ia3 => &IA3,
-            Tuner::Lora if self.settings.use_dora => &DORA,
-            Tuner::Lora => &LORA,
-        };
+        let Tuner { method, scaled, .. } = *self.settings.tuner;
         let layer = if parts.embedding {
             Layer::Embedding
         } else {
             Layer::Dense
         };
-        let scale = match self.settings.tuner {
-            Tuner::Ia3 => Scale::ONE,
-            Tuner::Lora => {
+        let scale = match scaled {
+            false => Scale::ONE,
+            true => {
                 // The output projection of nn.MultiheadAttention shares the patterns of its parent, and
                 // PEFT adds its delta twice, in the forward pass and in the merge alike
                 // (tuners/lora/layer.py, MultiheadAttention).

@@ -5,8 +5,7 @@
 //! both change alike, the result stays tied. (PEFT adds every delta to the shared tensor.)
 
 use super::plan::{Opened, PlannedTensor};
-use crate::adapter::factor::Factor;
-use crate::adapter::{Module, Order, Role};
+use crate::adapter::Module;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::Result;
@@ -158,27 +157,10 @@ fn same(a: &PlannedTensor, b: &PlannedTensor, adapters: &[Opened]) -> Result<boo
     Ok(one_place || a.source.equals(&b.source)?)
 }
 
-/// Whether `head` adds what `embedding` adds: the same factors, transposed and in the other role.
+/// Whether `head` adds what `embedding` adds, seen from the other side.
 fn repeats(embedding: &Module, head: &Module) -> Result<bool> {
-    let method = embedding.method;
-    if embedding.scale != head.scale
-        || method.name() != head.method.name()
-        // Norms of rows on one side are norms of columns on the other.
-        || method.order() != Order::Additive
-    {
-        return Ok(false);
-    }
-    let equal = |a: Role, b: Role| -> Result<bool> {
-        let (a, b) = (embedding.require(a)?, head.require(b)?);
-        if a.elements() != b.elements() || a.dimension(0) != b.dimension(1) {
-            return Ok(false);
-        }
-        let a = Factor::new(a, a.dimension(0))?;
-        let b = Factor::new(b, b.dimension(0))?.t();
-        let all = |factor: &Factor| factor.block(0..factor.rows(), 0..factor.columns());
-        Ok(all(&a)? == all(&b)?)
-    };
-    Ok(equal(Role::Down, Role::Up)? && equal(Role::Up, Role::Down)?)
+    let alike = embedding.scale == head.scale && embedding.method.name() == head.method.name();
+    Ok(alike && embedding.method.is_transpose(embedding, head)?)
 }
 
 fn owner(name: &str) -> &str {
