@@ -183,3 +183,58 @@ fn the_order_of_the_adapters_is_the_order_of_the_chain() {
         "the example must tell orders apart"
     );
 }
+
+#[test]
+fn a_minus_zero_stays_unless_a_delta_touches_it() {
+    // Deltas that cancel, that underflow on either side of zero, and that are zero.
+    let folder = tempfile::tempdir().unwrap();
+    let rows = [
+        ([1.0, 1.0], [1.0, -1.0]),
+        ([1e-200, 0.0], [1.0, 1.0]),
+        ([0.0, -1e-200], [1.0, 1.0]),
+        ([0.0, 0.0], [1.0, -1.0]),
+        ([0.0, -0.0], [-1.0, 1.0]),
+    ];
+    let base = Stored::of(Dtype::F32, &[rows.len(), 1], &[-0.0; 5]);
+    write_base(
+        &folder.path().join("base"),
+        None,
+        &[("m.weight", base.clone())],
+    );
+    let strength = 1e-200;
+    let mut options = options(
+        &folder.path().join("base"),
+        Path::new(""),
+        &folder.path().join("out"),
+    );
+    options.adapters.clear();
+    let mut deltas = Vec::new();
+    for side in 0..2 {
+        let factors: Vec<f64> = rows
+            .iter()
+            .map(|(up, sign)| up[side] * sign[side])
+            .collect();
+        let up = Stored::of(Dtype::F64, &[rows.len(), 1], &factors);
+        let path = folder.path().join(format!("adapter{side}"));
+        write_adapter(
+            &path,
+            &json!({"peft_type": "LORA", "r": 1, "lora_alpha": 1}),
+            &[
+                (
+                    "base_model.model.m.lora_A.weight",
+                    Stored::of(Dtype::F64, &[1, 1], &[1.0]),
+                ),
+                ("base_model.model.m.lora_B.weight", up.clone()),
+            ],
+        );
+        options.adapters.push(selection(&path, strength));
+        let acc = oracle::product(&up.values(), &[1.0], 1, 1);
+        deltas.push(Delta { c: strength, acc });
+    }
+    merge(&options).unwrap();
+    let expected = oracle::merged(&base, Dtype::F32, &deltas);
+    let negative = 1 << 31;
+    assert_eq!(expected.bits(), [0, 0, negative, negative, negative]);
+    let ours = oracle::read(&options.output.join("model.safetensors"));
+    assert_eq!(ours["m.weight"], expected);
+}

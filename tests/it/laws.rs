@@ -508,3 +508,40 @@ fn check_ia3(
         .collect();
     assert_same(&merged[&bias_name], &Stored::of(dtype, &bias.shape, &exact));
 }
+
+#[test]
+fn methods_know_their_rows_beyond_the_first_block() {
+    // A run evaluates blocks of some ten thousand elements.
+    for stored in [
+        Orientation::OutputsFirst,
+        Orientation::InputsFirst,
+        Orientation::Embedding,
+    ] {
+        let layer = Layer {
+            outputs: 301,
+            inputs: 311,
+            kernel: vec![],
+            stored,
+        };
+        let (path, config) = match stored {
+            Orientation::InputsFirst => ("h.0.attn.c_attn", Some(json!({"model_type": "gpt2"}))),
+            _ => ("m", None),
+        };
+        let mut random = Random(1);
+        let config = config.as_ref();
+        check_dora(&mut random, &layer, 2, Dtype::F32, 0.5, path, config);
+        if stored != Orientation::Embedding {
+            for feedforward in [false, true] {
+                check_ia3(
+                    &mut random,
+                    &layer,
+                    feedforward,
+                    Dtype::BF16,
+                    1.0,
+                    path,
+                    config,
+                );
+            }
+        }
+    }
+}

@@ -128,6 +128,29 @@ fn one_adapter_shared_by_both_sides_is_added_once_and_they_stay_tied() {
 }
 
 #[test]
+fn one_adapter_at_two_strengths_is_no_shared_change() {
+    let (base, folder) = (
+        fixture("peft/bases/llama_tied"),
+        fixture("peft/cases/lora_ensure_tying/adapter"),
+    );
+    let out = tempfile::tempdir().unwrap();
+    let mut options = options(&base, &folder, &out.path().join("out"));
+    options.adapters[0].strength_for = vec![("lm_head".to_owned(), 0.5)];
+    merge(&options).unwrap();
+    let (_, untied, shared) = golden("lora_ensure_tying");
+    let ours = oracle::read(&options.output.join("model.safetensors"));
+    for (name, strength) in [(EMBEDDING, 1.0), (HEAD, 0.5)] {
+        let Delta { c, acc } = shared[name].clone();
+        let delta = Delta {
+            c: strength * c,
+            acc,
+        };
+        let expected = oracle::merged(&untied[name], Dtype::F32, &[delta]);
+        assert_eq!(ours[name], expected, "{name}");
+    }
+}
+
+#[test]
 fn a_second_adapter_keeps_its_own_delta_beside_a_shared_one() {
     // Of the shared adapter both sides get the delta, of the other one only the head.
     let base = fixture("peft/bases/llama_tied");
@@ -636,4 +659,43 @@ fn dora_on_both_sides_is_never_one_shared_change() {
     {
         assert!((norm - 1.0).abs() < 0.01, "{norm}");
     }
+}
+
+#[test]
+fn two_adapters_may_train_a_token_alike_but_not_differently() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = Random(11);
+    small(&mut random, folder.path());
+    let base = folder.path().join("base");
+    let (first, second) = (random.floats(4), random.floats(4));
+    let mut tokens = |name: &str, indices: [usize; 2], rows: [&[f64]; 2]| {
+        let mut tensors = q_factors(&mut random);
+        let key = key("model.embed_tokens.token_adapter.trainable_tokens_delta");
+        tensors.push((key, Stored::of(Dtype::F32, &[2, 4], &rows.concat())));
+        let config = json!({"trainable_token_indices": indices});
+        write(folder.path(), name, config, &tensors)
+    };
+    let one = tokens("one", [2, 5], [&first, &second]);
+    let alike = tokens("alike", [5, 0], [&second, &first]);
+    let other = tokens("other", [0, 2], [&first, &second]);
+    let beyond = tokens("beyond", [2, 6], [&first, &second]);
+    let ours = Outcome::of(&base, &[(one.clone(), 1.0), (alike, 1.0)]);
+    let rows: Vec<_> = ours.report.token_rows.values().collect();
+    assert_eq!(rows, [&vec![0, 2, 5]]);
+    let refuse = |adapters: &[&PathBuf]| {
+        let mut options = options(&base, &one, &folder.path().join("out"));
+        options.adapters = adapters.iter().map(|path| selection(path, 1.0)).collect();
+        merge(&options).err().unwrap()
+    };
+    let error = refuse(&[&one, &other]);
+    assert!(
+        matches!(error.reason(), Reason::TwoReplacements { .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("row 2"), "{error}");
+    let error = refuse(&[&beyond]);
+    assert!(
+        matches!(error.reason(), Reason::TokenRow { row: 6, rows: 6 }),
+        "{error}"
+    );
 }
