@@ -191,7 +191,7 @@ fn survey(base: &[f64], value: &[f64], limit: f64) -> Survey {
         bases[lane] += base * base;
     }
     Survey {
-        care: care != 0,
+        care: care < 0,
         delta: deltas.iter().sum(),
         base: bases.iter().sum(),
     }

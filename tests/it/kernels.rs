@@ -506,3 +506,66 @@ fn a_kernel_that_does_not_exist_is_refused() {
     assert_eq!(error.kind(), loratool::Kind::Usage, "{error}");
     assert!(!folder.path().join("out").exists());
 }
+
+#[test]
+fn every_kernel_looks_over_a_row_alike_and_asks_for_care_only_where_it_is_due() {
+    let kernels = kernels();
+    let mut random = Random(51);
+    let limit = 65520.0;
+    let below = 65520f64.next_down();
+    let mut due = [0, 0];
+    for length in 0..70 {
+        // What is placed at one element of an ordinary row: base, value, and whether care is due.
+        for (base_value, value_value, care) in [
+            (0.5, 0.25, false),
+            (0.0, 0.25, false),
+            (0.5, -0.0, false),
+            (-0.0, f64::from_bits(1), false),
+            (f64::MAX, below, false),
+            (1.0, -below, false),
+            (-0.0, 0.0, true),
+            (1.0, limit, true),
+            (1.0, -limit, true),
+            (1.0, f64::NAN, true),
+            (1.0, -f64::NAN, true),
+            (f64::INFINITY, 1.0, true),
+            (f64::NEG_INFINITY, 1.0, true),
+            (-f64::NAN, 1.0, true),
+            (f64::from_bits(0x7ff0_0000_0000_0001), 1.0, true),
+        ] {
+            let (mut base, mut value) = (random.floats(length), random.floats(length));
+            let mut care = care;
+            match length {
+                0 => care = false,
+                _ => {
+                    let at = random.below(length);
+                    (base[at], value[at]) = (base_value, value_value);
+                }
+            }
+            due[usize::from(care)] += 1;
+            let first = kernels[0].survey(&base, &value, limit);
+            for kernel in &kernels {
+                let survey = kernel.survey(&base, &value, limit);
+                assert_eq!(
+                    survey.care, care,
+                    "{}: {base_value:e} becomes {value_value:e} in a row of {length}",
+                    kernel.name
+                );
+                assert!(
+                    same(survey.delta, first.delta) && same(survey.base, first.base),
+                    "{}: the sums of a row of {length}",
+                    kernel.name
+                );
+            }
+            if base_value == 0.5 {
+                let square = |sum: f64, value: f64| sum + value * value;
+                let exact = base.iter().copied().fold(0.0, square);
+                assert!((first.base - exact).abs() <= 1e-12 * exact);
+                let delta = base.iter().zip(&value).map(|(b, v)| v - b);
+                let exact = delta.fold(0.0, square);
+                assert!((first.delta - exact).abs() <= 1e-12 * exact);
+            }
+        }
+    }
+    assert!(due.iter().all(|count| *count > 300));
+}
