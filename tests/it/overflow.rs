@@ -158,7 +158,7 @@ fn the_count_is_that_of_the_whole_tensor_however_large() {
 fn the_index_of_a_convolution_has_all_its_axes() {
     let folder = tempfile::tempdir().unwrap();
     let mut weight = vec![0.0; 2 * 3 * 2 * 2];
-    weight[12 + 2 * 4 + 2] = 65504.0;
+    weight[12 + 2 * 4 + 2] = 65504.0; // [1, 2, 1, 0]
     let options = write(
         folder.path(),
         rank_one(),
