@@ -18,3 +18,4 @@ mod overflow;
 mod real_adapters;
 mod support;
 mod tied;
+mod truncation;
