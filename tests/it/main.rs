@@ -1,5 +1,6 @@
 //! One integration binary, a module per room.
 
+mod arrows;
 #[cfg(feature = "cli")]
 mod cli;
 mod convert;
