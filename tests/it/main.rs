@@ -5,6 +5,7 @@ mod arrows;
 mod cli;
 mod convert;
 mod definition;
+mod fuzz;
 mod goldens;
 mod hostile_config;
 mod hostile_index;
