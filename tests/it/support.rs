@@ -47,6 +47,7 @@ pub(crate) fn tensor(file: &TensorFile, name: &str) -> Tensor {
 }
 
 /// Names and bytes of all tensors.
+#[cfg(feature = "cli")]
 pub(crate) fn contents(path: &Path) -> Vec<(String, Vec<u8>)> {
     let file = TensorFile::open(path).unwrap();
     let mut all: Vec<_> = file

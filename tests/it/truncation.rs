@@ -145,9 +145,9 @@ fn a_changed_byte_in_a_header_is_refused_or_changes_only_what_it_encodes() {
         let before = said(&path).unwrap();
         let end = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
         let mut file = File::options().write(true).open(&path).unwrap();
-        for at in 0..end {
+        for (at, old) in whole[..end].iter().enumerate() {
             for value in 0..=255 {
-                if value == whole[at] {
+                if value == *old {
                     continue;
                 }
                 put(&mut file, at, value);
