@@ -111,6 +111,9 @@ pub struct Tensor {
     pub offset: u64,
     /// Number of bytes.
     pub length: u64,
+    /// The bytes themselves, where they do not lie in the file as they are (compressed or strided
+    /// members of archives); otherwise `offset` says where they lie.
+    pub memory: Option<Arc<[u8]>>,
 }
 
 impl fmt::Debug for Tensor {
@@ -167,6 +170,9 @@ impl Tensor {
     /// Those of [`Input::read_at`].
     pub fn bytes_of(&self, start: usize, length: usize) -> Result<Cow<'_, [u8]>> {
         debug_assert!((start + length) as u64 <= self.length);
+        if let Some(memory) = &self.memory {
+            return Ok(Cow::Borrowed(&memory[start..start + length]));
+        }
         let offset = self.offset + start as u64;
         if let Some(map) = self.input.map()
             && let Some(bytes) = map.get(offset as usize..offset as usize + length)
@@ -176,6 +182,20 @@ impl Tensor {
         let mut bytes = vec![0; length];
         self.input.read_at(&mut bytes, offset)?;
         Ok(Cow::Owned(bytes))
+    }
+
+    /// Fills `buffer` with the bytes from `start` on; read, never mapped.
+    ///
+    /// # Errors
+    /// Those of [`Input::read_at`].
+    pub fn read(&self, start: usize, buffer: &mut [u8]) -> Result<()> {
+        match &self.memory {
+            Some(memory) => {
+                buffer.copy_from_slice(&memory[start..start + buffer.len()]);
+                Ok(())
+            }
+            None => self.input.read_at(buffer, self.offset + start as u64),
+        }
     }
 
     /// Whether two tensors hold equal values in equal shapes, whatever their types; compared piece by

@@ -50,6 +50,21 @@ const OTHERS: &[&str] = &[
 ];
 
 impl Checkpoint {
+    /// A checkpoint of one file that is open already.
+    ///
+    /// # Errors
+    /// [`Reason::NoTensors`], and what reading the configuration gives.
+    pub fn of_file(path: &Path, file: TensorFile) -> Result<Self> {
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        let name = name.unwrap_or_default();
+        // Only the conventional name ties a configuration beside it to the weights.
+        let folder = path.parent().filter(|_| name == SINGLE);
+        let config = folder.map(model_config).transpose()?.flatten();
+        Self::assemble(path, false, vec![Shard { name, file }], config, None)
+    }
+
     /// Opens a checkpoint; only headers are read.
     ///
     /// # Errors
@@ -60,18 +75,7 @@ impl Checkpoint {
         let metadata =
             std::fs::metadata(path).map_err(|e| Error::io(Reason::Open, e).in_file(path))?;
         if !metadata.is_dir() {
-            let name = path
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned());
-            let name = name.unwrap_or_default();
-            let folder = path.parent().filter(|_| name == SINGLE);
-            // Only the conventional name ties a configuration beside it to the weights.
-            let config = folder.map(model_config).transpose()?.flatten();
-            let shard = Shard {
-                name,
-                file: TensorFile::open(path)?,
-            };
-            return Self::assemble(path, false, vec![shard], config, None);
+            return Self::of_file(path, TensorFile::open(path)?);
         }
         let (single, index) = (path.join(SINGLE), path.join(INDEX));
         let index = if is_there(&index) {

@@ -24,8 +24,8 @@ pub struct Safetensors;
 /// Largest header, as in the safetensors crate.
 pub const HEADER_LIMIT: u64 = 100_000_000;
 
-/// Most tensors in one file; the largest published checkpoints hold about 200,000 in all shards.
-pub const TENSOR_LIMIT: usize = 400_000;
+/// Most tensors in one file; the largest published checkpoints hold about that many in all shards.
+pub const TENSOR_LIMIT: usize = 200_000;
 
 /// Longest tensor name, in bytes.
 const NAME_LIMIT: usize = 4096;
@@ -283,6 +283,7 @@ fn place(
             input: input.clone(),
             offset: data_start + start,
             length: end - start,
+            memory: None,
         });
     }
     if end_of_last < data {

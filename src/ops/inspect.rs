@@ -173,7 +173,8 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
     }
     let found = Found::open(path)?;
     if found.looks_like_checkpoint() && !path.is_dir() {
-        return Checkpoint::open(path).map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));
+        return Checkpoint::of_file(path, found.file)
+            .map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));
     }
     Ok(Opened::Tensors(Box::new(found)))
 }

@@ -375,7 +375,7 @@ fn rejects_more_tensors_than_the_limit() {
         error,
         Reason::TooMany {
             what: "tensors",
-            limit: 400_000
+            limit: 200_000
         }
     );
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
-    Adapter, Facts, Layer, Module, Replacement, ReplacementKind, Role, Scale, TokenRows,
+    Adapter, Facts, Layer, Module, Order, Replacement, ReplacementKind, Role, Scale, TokenRows,
 };
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
@@ -248,6 +248,13 @@ impl<'a> Reader<'a> {
             }
         };
         let module = Module::new(path, method, parts.parameters, scale, layer)?;
+        if parts.output_projection && method.order() == Order::Sequential {
+            let reason = Reason::MethodOnTarget {
+                method: method.name(),
+                what: "nn.MultiheadAttention",
+            };
+            return Err(module.error(reason));
+        }
         if let (Some(stored), Some(configured)) = (method.rank(&module), scale.rank)
             && stored != configured
         {

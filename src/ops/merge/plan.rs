@@ -643,6 +643,14 @@ impl<'a> Planner<'a> {
         })?;
         touchable(&self.tensors[target])?;
         let geometry = on_weight(self.base, module, name, &shape, &area)?;
+        // PEFT defines neither DoRA nor IA3 there.
+        if name.ends_with("in_proj_weight") && module.method.order() == Order::Sequential {
+            let reason = Reason::MethodOnTarget {
+                method: module.method.name(),
+                what: "nn.MultiheadAttention",
+            };
+            return Err(module.error(reason));
+        }
         let planned = PlannedModule {
             adapter: index,
             module: number,

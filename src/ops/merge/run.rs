@@ -201,7 +201,11 @@ impl Run<'_> {
         // Neighbours in the base that stay neighbours are copied in one go.
         let mut pending: Option<(Arc<Input>, Range<u64>)> = None;
         for tensor in &file.tensors {
-            if tensor.is_copy() {
+            if let (true, Some(memory)) = (tensor.is_copy(), &tensor.source.memory) {
+                self.copy(pending.take(), writer)?;
+                writer.send(Message::Bytes(memory.to_vec()))?;
+                self.advance(tensor.bytes())?;
+            } else if tensor.is_copy() {
                 let source = &tensor.source;
                 let range = source.offset..source.offset + source.length;
                 match &mut pending {
@@ -460,8 +464,7 @@ impl<'a> Source<'a> {
         bytes.resize(rows.len() * row_bytes, 0);
         if float == self.float {
             let source = &self.tensor.source;
-            let offset = source.offset + (rows.start * row_bytes) as u64;
-            source.input.read_at(bytes, offset)?;
+            source.read(rows.start * row_bytes, bytes)?;
         }
         for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
             let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
