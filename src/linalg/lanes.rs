@@ -164,37 +164,61 @@ impl Kernel {
     }
 }
 
-#[inline(always)]
-fn survey(base: &[f64], value: &[f64], limit: f64) -> Survey {
-    // Magnitudes as integers, NaN above everything: a difference is negative where a bound is reached,
-    // and the sign bit of `care` collects them all. A base and a value that are both zero need care
-    // because of −0.
-    let magnitude = |value: f64| (value.to_bits() & !(1 << 63)) as i64;
-    let (limit, infinity) = (magnitude(limit), magnitude(f64::INFINITY));
-    let mut care = 0i64;
-    for (base, value) in base.iter().zip(value) {
-        let (base, value) = (magnitude(*base), magnitude(*value));
-        care |= (limit - 1 - value) | (infinity - 1 - base) | ((base - 1) & (value - 1));
-    }
-    let (base_rows, base_rest) = base.as_chunks::<8>();
-    let (value_rows, value_rest) = value.as_chunks::<8>();
-    let (mut deltas, mut bases) = ([0.0; 8], [0.0; 8]);
-    for (base, value) in base_rows.iter().zip(value_rows) {
-        for lane in 0..8 {
-            let delta = value[lane] - base[lane];
-            deltas[lane] += delta * delta;
-            bases[lane] += base[lane] * base[lane];
+/// A magnitude as an integer, NaN above everything.
+fn magnitude(value: f64) -> i64 {
+    (value.to_bits() & !(1 << 63)) as i64
+}
+
+/// A pass over a row: eight partial sums of each kind, and the flags of all elements in one sign bit.
+struct Pass {
+    limit: i64,
+    care: i64,
+    deltas: [f64; 8],
+    bases: [f64; 8],
+}
+
+impl Pass {
+    fn new(limit: f64) -> Self {
+        Pass {
+            limit: magnitude(limit),
+            care: 0,
+            deltas: [0.0; 8],
+            bases: [0.0; 8],
         }
     }
-    for (lane, (base, value)) in base_rest.iter().zip(value_rest).enumerate() {
-        deltas[lane] += (value - base) * (value - base);
-        bases[lane] += base * base;
+
+    /// Adds elements, the first of them to the first lane.
+    #[inline(always)]
+    fn add(&mut self, base: &[f64], value: &[f64]) {
+        let infinity = magnitude(f64::INFINITY);
+        for (base, value) in base.chunks(8).zip(value.chunks(8)) {
+            for (lane, (base, value)) in base.iter().zip(value).enumerate() {
+                let delta = value - base;
+                self.deltas[lane] += delta * delta;
+                self.bases[lane] += base * base;
+                // A difference is negative where a bound is reached. A base and a value that are both
+                // zero need care because of −0.
+                let (base, value) = (magnitude(*base), magnitude(*value));
+                self.care |=
+                    (self.limit - 1 - value) | (infinity - 1 - base) | ((base - 1) & (value - 1));
+            }
+        }
     }
-    Survey {
-        care: care < 0,
-        delta: deltas.iter().sum(),
-        base: bases.iter().sum(),
+
+    fn survey(self) -> Survey {
+        let (delta, base) = (self.deltas.iter().sum(), self.bases.iter().sum());
+        Survey {
+            care: self.care < 0,
+            delta,
+            base,
+        }
     }
+}
+
+fn survey(base: &[f64], value: &[f64], limit: f64) -> Survey {
+    let mut pass = Pass::new(limit);
+    pass.add(base, value);
+    pass.survey()
 }
 
 /// One link of a chain: `a · b + acc`, rounded once.
@@ -280,7 +304,7 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Kernel, LANES, LowRank, Survey, survey};
+    use super::{Kernel, LANES, LowRank, Pass, Survey};
     use crate::tensor::{self, Float};
 
     pub(super) const AVX2: Kernel = Kernel {
@@ -319,7 +343,51 @@ mod x86 {
 
     #[target_feature(enable = "avx2,fma")]
     fn survey_avx2(base: &[f64], value: &[f64], limit: f64) -> Survey {
-        survey(base, value, limit)
+        let mut pass = Pass::new(limit);
+        let (bases, base_rest) = base.as_chunks::<4>();
+        let (values, value_rest) = value.as_chunks::<4>();
+        let pairs = bases.len() / 2;
+        let mask = _mm256_set1_epi64x(i64::MAX);
+        let last = _mm256_set1_epi64x(pass.limit - 1);
+        let finite = _mm256_set1_epi64x(super::magnitude(f64::INFINITY) - 1);
+        let one = _mm256_set1_epi64x(1);
+        let mut care = _mm256_setzero_si256();
+        let mut sums = [[_mm256_setzero_pd(); 2]; 2];
+        for index in 0..2 * pairs {
+            let [deltas, squares] = &mut sums[index % 2];
+            // SAFETY: both loads lie inside the four values.
+            let (base, value) = unsafe {
+                (
+                    _mm256_loadu_pd(bases[index].as_ptr()),
+                    _mm256_loadu_pd(values[index].as_ptr()),
+                )
+            };
+            let delta = _mm256_sub_pd(value, base);
+            *deltas = _mm256_add_pd(*deltas, _mm256_mul_pd(delta, delta));
+            *squares = _mm256_add_pd(*squares, _mm256_mul_pd(base, base));
+            let base = _mm256_and_si256(_mm256_castpd_si256(base), mask);
+            let value = _mm256_and_si256(_mm256_castpd_si256(value), mask);
+            let bounds = _mm256_or_si256(
+                _mm256_sub_epi64(last, value),
+                _mm256_sub_epi64(finite, base),
+            );
+            let zeros = _mm256_and_si256(_mm256_sub_epi64(base, one), _mm256_sub_epi64(value, one));
+            care = _mm256_or_si256(care, _mm256_or_si256(bounds, zeros));
+        }
+        // The sign bits of the lanes are those of `care`.
+        pass.care = -i64::from(_mm256_movemask_pd(_mm256_castsi256_pd(care)) != 0);
+        for (half, [deltas, squares]) in sums.into_iter().enumerate() {
+            // SAFETY: the stores lie inside four of the eight lanes.
+            unsafe {
+                _mm256_storeu_pd(pass.deltas[4 * half..4 * half + 4].as_mut_ptr(), deltas);
+                _mm256_storeu_pd(pass.bases[4 * half..4 * half + 4].as_mut_ptr(), squares);
+            }
+        }
+        let odd = bases.len() % 2 * 4;
+        let rest = base.len() - base_rest.len() - odd;
+        debug_assert_eq!(base_rest.len(), value_rest.len());
+        pass.add(&base[rest..], &value[rest..]);
+        pass.survey()
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
@@ -334,7 +402,43 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
     fn survey_avx512(base: &[f64], value: &[f64], limit: f64) -> Survey {
-        survey(base, value, limit)
+        let mut pass = Pass::new(limit);
+        let (bases, base_rest) = base.as_chunks::<8>();
+        let (values, value_rest) = value.as_chunks::<8>();
+        let mask = _mm512_set1_epi64(i64::MAX);
+        let last = _mm512_set1_epi64(pass.limit - 1);
+        let finite = _mm512_set1_epi64(super::magnitude(f64::INFINITY) - 1);
+        let one = _mm512_set1_epi64(1);
+        let mut care = _mm512_setzero_si512();
+        let (mut deltas, mut squares) = (_mm512_setzero_pd(), _mm512_setzero_pd());
+        for (base, value) in bases.iter().zip(values) {
+            // SAFETY: both loads lie inside the eight values.
+            let (base, value) = unsafe {
+                (
+                    _mm512_loadu_pd(base.as_ptr()),
+                    _mm512_loadu_pd(value.as_ptr()),
+                )
+            };
+            let delta = _mm512_sub_pd(value, base);
+            deltas = _mm512_add_pd(deltas, _mm512_mul_pd(delta, delta));
+            squares = _mm512_add_pd(squares, _mm512_mul_pd(base, base));
+            let base = _mm512_and_si512(_mm512_castpd_si512(base), mask);
+            let value = _mm512_and_si512(_mm512_castpd_si512(value), mask);
+            let bounds = _mm512_or_si512(
+                _mm512_sub_epi64(last, value),
+                _mm512_sub_epi64(finite, base),
+            );
+            let zeros = _mm512_and_si512(_mm512_sub_epi64(base, one), _mm512_sub_epi64(value, one));
+            care = _mm512_or_si512(care, _mm512_or_si512(bounds, zeros));
+        }
+        pass.care = _mm512_reduce_or_epi64(care);
+        // SAFETY: the stores lie inside the eight lanes.
+        unsafe {
+            _mm512_storeu_pd(pass.deltas.as_mut_ptr(), deltas);
+            _mm512_storeu_pd(pass.bases.as_mut_ptr(), squares);
+        }
+        pass.add(base_rest, value_rest);
+        pass.survey()
     }
 
     /// Walks rows in tiles of 8, 4, 2 and 1, and panels within them.
