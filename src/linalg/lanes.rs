@@ -397,7 +397,36 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
     fn narrow_avx512(float: Float, values: &[f64], bytes: &mut [u8]) {
-        tensor::narrow(float, values, bytes);
+        if float != Float::BF16 {
+            return tensor::narrow(float, values, bytes);
+        }
+        let (rows, rest) = values.as_chunks::<8>();
+        let (full, tail) = bytes.split_at_mut(rows.len() * 16);
+        let one = _mm256_set1_epi32(1);
+        for (value, bytes) in rows.iter().zip(full.as_chunks_mut::<16>().0) {
+            // SAFETY: the load lies inside the eight values.
+            let value = unsafe { _mm512_loadu_pd(value.as_ptr()) };
+            // To f32 by rounding to odd, as `tensor::narrow` does: where the nearest is inexact and even,
+            // its neighbour on the other side of the value is odd.
+            let nearest = _mm512_cvtpd_ps(value);
+            let back = _mm512_cvtps_pd(nearest);
+            let bits = _mm256_castps_si256(nearest);
+            let inexact = _mm512_cmp_pd_mask::<_CMP_NEQ_OQ>(back, value);
+            let even = _mm256_testn_epi32_mask(bits, one);
+            let beyond =
+                _mm512_cmp_pd_mask::<_CMP_GT_OQ>(_mm512_abs_pd(back), _mm512_abs_pd(value));
+            let bits = _mm256_mask_add_epi32(bits, inexact & even & !beyond, bits, one);
+            let bits = _mm256_mask_sub_epi32(bits, inexact & even & beyond, bits, one);
+            // To bf16, to nearest even; NaN becomes quiet.
+            let upper = _mm256_srli_epi32::<16>(bits);
+            let tie = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(upper, one));
+            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, tie));
+            let nan = _mm256_cmp_ps_mask::<_CMP_UNORD_Q>(nearest, nearest);
+            let rounded = _mm256_mask_or_epi32(rounded, nan, upper, _mm256_set1_epi32(0x40));
+            // SAFETY: the store fills the sixteen bytes.
+            unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), _mm256_cvtepi32_epi16(rounded)) };
+        }
+        tensor::narrow(float, rest, tail);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]

@@ -30,6 +30,12 @@ pub(super) const CHUNK: usize = 8 << 20;
 /// Elements that one task evaluates: base and value in f64 stay in the second-level cache.
 pub(super) const BLOCK: usize = 32 << 10;
 
+/// Rows that a block has at least: the kernels work on tiles of eight.
+const TILE: usize = 8;
+
+/// Chunks that wait for the writer, so that a slow moment of the disk does not stop the arithmetic.
+const QUEUE: usize = 3;
+
 /// Longest copy between two looks at the cancel flag.
 const COPY: u64 = 64 << 20;
 
@@ -169,7 +175,7 @@ impl Writer {
 impl Run<'_> {
     /// Writes all files of tensors and returns their hidden paths.
     fn files(&mut self, sink: &Sink) -> Result<Vec<std::path::PathBuf>> {
-        let (messages, inbox) = sync_channel(1);
+        let (messages, inbox) = sync_channel(QUEUE);
         let (returns, buffers) = channel();
         std::thread::scope(|scope| {
             let writer = scope.spawn(move || write(&inbox, &returns));
@@ -260,7 +266,7 @@ impl Run<'_> {
             });
         }
         let mut recipe = Recipe { columns, to, steps };
-        let height = (BLOCK / columns.max(1)).max(1);
+        let height = (BLOCK / columns.max(1)).max(TILE);
         if recipe.surveys() {
             self.survey(&mut recipe, &source, rows, height)?;
         }
