@@ -20,12 +20,12 @@ use super::{Common, Outcome, Path, cancel_flag};
 #[command(after_help = "\
 Examples:
   loratool merge --base llama/ --adapter my-lora/ --output merged/
-  loratool merge --base llama/ --adapter a/ --strength 0.7 --adapter b/ --strength -0.3 --output merged/
+  loratool merge --base llama/ --adapter a/ --strength 0.7 --adapter b/ --strength -0.3 -o merged/
   loratool merge --base model.safetensors --adapter lora/ --output merged.safetensors --dtype f16
   loratool merge --base llama/ --adapter my-lora/ --output merged/ --dry-run
 
-Each --strength and --strength-for belongs to the --adapter before it; --strength-for before the first
---adapter belongs to all of them.")]
+Each --strength and --strength-for belongs to the --adapter before it; a --strength-for
+before the first --adapter belongs to all of them.")]
 pub(super) struct Merge {
     /// A .safetensors file, or a folder with one or with an index and its shards
     #[arg(long, value_name = "PATH")]
