@@ -4,7 +4,7 @@
 //! Chunks and blocks are cut by shape alone, so neither bytes nor sums depend on the number of threads.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -121,10 +121,15 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
     }
     for (file, path) in plan.files.iter().zip(written) {
         let found = TensorFile::open(path)?;
-        let same = found.directory.tensors.len() == file.tensors.len()
+        let read: HashMap<&str, &Tensor> = found
+            .directory
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), tensor))
+            .collect();
+        let same = read.len() == file.tensors.len()
             && file.tensors.iter().all(|wanted| {
-                found
-                    .tensor(&wanted.name)
+                read.get(wanted.name.as_str())
                     .is_some_and(|found| found.shape == wanted.shape && found.dtype == wanted.dtype)
             });
         if !same {
