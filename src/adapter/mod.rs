@@ -9,6 +9,7 @@ pub mod evaluate;
 pub mod factor;
 mod method;
 mod module;
+pub mod scan;
 
 pub use method::{
     BiasUse, Extent, Geometry, Method, Order, Orientation, Part, RoleUse, Update, Workspace,

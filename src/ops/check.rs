@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use indexmap::IndexSet;
-use rayon::prelude::*;
 use serde::Serialize;
 
 use super::inspect::{Inspection, Opened, Problem, of_checkpoint, of_tensors, open};
-use super::merge::plan::{Scan, scan_notices};
 use super::merge::{Options, Selection, fits};
+use crate::adapter::scan::{self, Scan};
 use crate::error::{Error, Result};
 use crate::formats::ReadOptions;
 use crate::notice::{Notice, NoticeKind};
@@ -77,7 +76,7 @@ impl Verdict {
                 self.notices(&inspection.notices);
                 self.inspection = Some(inspection);
                 let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
-                let scans = scan(&tensors)?;
+                let scans = Scan::all(&tensors)?;
                 let odd = tensors
                     .iter()
                     .zip(&scans)
@@ -104,8 +103,8 @@ impl Verdict {
                 }
                 if let Some(adapter) = adapter {
                     let tensors: Vec<&Tensor> = adapter.tensors().collect();
-                    let scans = scan(&tensors)?;
-                    self.notices(&scan_notices(&adapter, &tensors, &scans));
+                    let scans = Scan::all(&tensors)?;
+                    self.notices(&scan::notices(&adapter, &tensors, &scans));
                     if let Some(base) = base {
                         self.fit(path, base, options)?;
                     }
@@ -191,8 +190,4 @@ impl Verdict {
         }
         self.exit_code = problem.exit_code;
     }
-}
-
-fn scan(tensors: &[&Tensor]) -> Result<Vec<Scan>> {
-    tensors.par_iter().map(|tensor| Scan::of(tensor)).collect()
 }

@@ -13,7 +13,9 @@ use crate::tensor::Float;
 mod embeddings;
 mod layout;
 mod place;
-pub(super) mod plan;
+mod plan;
+mod planner;
+mod replication;
 mod report;
 mod run;
 

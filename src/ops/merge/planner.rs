@@ -1,0 +1,607 @@
+//! Gives every part of the adapters its place in the base: whole tensors, modules, token rows.
+
+use std::collections::HashMap;
+
+use super::place::{Area, on_weight};
+use super::plan::{Opened, PlannedModule, PlannedTensor};
+use super::replication::replicate;
+use super::{Options, embeddings};
+use crate::adapter::{BiasUse, Geometry, Order, Orientation, Part, Replacement, ReplacementKind};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::config::Edit;
+use crate::error::{Error, Reason, Result};
+use crate::json::Value;
+use crate::naming::{Resolution, Resolver, Rows};
+use crate::notice::{Notice, NoticeKind};
+use crate::pattern::Pattern;
+use crate::printable::acts_on_a_terminal;
+use crate::tensor::{Float, Tensor};
+
+/// Every tensor of the output, with what happens to it.
+pub(super) struct Placed {
+    pub(super) tensors: Vec<PlannedTensor>,
+    pub(super) edits: Vec<Edit>,
+    pub(super) notices: Vec<Notice>,
+    pub(super) left_out: Vec<String>,
+}
+
+/// Whole tensors first, because modules add to what they leave; then modules and token rows.
+///
+/// # Errors
+/// What has no place or does not fit, all cases listed.
+pub(super) fn place(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<Placed> {
+    let mut planner = Planner::new(options, base, adapters)?;
+    planner.read_notices();
+    for index in 0..adapters.len() {
+        planner.replacements(index)?;
+    }
+    if let Some(ties) = &planner.ties {
+        ties.share(&mut planner.tensors);
+    }
+    for index in 0..adapters.len() {
+        planner.modules(index)?;
+        planner.tokens(index)?;
+    }
+    planner.report_missing()?;
+    planner.nothing_selected()?;
+    let Planner {
+        mut tensors,
+        mut notices,
+        mut edits,
+        missing,
+        ties,
+        ..
+    } = planner;
+    if let Some(ties) = ties {
+        embeddings::settle(ties, adapters, &mut tensors, &mut notices, &mut edits)?;
+    }
+    Ok(Placed {
+        tensors,
+        edits,
+        notices,
+        left_out: missing.names,
+    })
+}
+
+struct Planner<'a> {
+    base: &'a Checkpoint,
+    adapters: &'a [Opened],
+    options: &'a Options,
+    only: Vec<Pattern>,
+    skip: Vec<Pattern>,
+    tensors: Vec<PlannedTensor>,
+    by_name: HashMap<String, usize>,
+    resolver: Resolver,
+    ties: Option<embeddings::Ties>,
+    edits: Vec<Edit>,
+    notices: Vec<Notice>,
+    missing: Missing,
+    selected: usize,
+}
+
+impl<'a> Planner<'a> {
+    fn new(options: &'a Options, base: &'a Checkpoint, adapters: &'a [Opened]) -> Result<Self> {
+        let patterns = |texts: &[String]| {
+            texts
+                .iter()
+                .map(|text| Pattern::search(text))
+                .collect::<Result<Vec<_>>>()
+        };
+        let mut edits = Vec::new();
+        let mut tensors = replicate(base, adapters, &mut edits)?;
+        let ties = embeddings::Ties::find(base, adapters, &mut tensors);
+        let by_name: HashMap<String, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| (tensor.name.clone(), index))
+            .collect();
+        Ok(Planner {
+            base,
+            adapters,
+            options,
+            only: patterns(&options.only)?,
+            skip: patterns(&options.skip)?,
+            resolver: Resolver::new(by_name.keys().cloned()),
+            tensors,
+            by_name,
+            ties,
+            edits,
+            notices: Vec::new(),
+            missing: Missing::default(),
+            selected: 0,
+        })
+    }
+
+    fn read_notices(&mut self) {
+        for opened in self.adapters {
+            self.notices.extend(opened.adapter.notices.iter().cloned());
+            self.notices.extend(other_base(self.base, opened));
+        }
+        for tensor in self.base.tensors() {
+            if tensor.name.chars().any(acts_on_a_terminal) {
+                let text = "the name holds characters that could act on a terminal";
+                let notice = Notice::new(NoticeKind::OddName, text).on(&*tensor.name);
+                self.notices.push(notice.in_file(tensor.input.path()));
+            }
+        }
+    }
+
+    fn is_selected(&self, path: &str) -> Result<bool> {
+        let any = |patterns: &[Pattern]| -> Result<bool> {
+            for pattern in patterns {
+                if pattern.matches(path)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        Ok((self.only.is_empty() || any(&self.only)?) && !any(&self.skip)?)
+    }
+
+    /// Whole tensors take the place of the base's before any delta is added.
+    fn replacements(&mut self, index: usize) -> Result<()> {
+        let adapters = self.adapters;
+        let opened = &adapters[index];
+        for replacement in &opened.adapter.replacements {
+            if !self.is_selected(&replacement.name)? {
+                continue;
+            }
+            self.selected += 1;
+            let (path, parameter) = replacement
+                .name
+                .rsplit_once('.')
+                .unwrap_or(("", &replacement.name));
+            let replaced = match self.resolver.resolve(path, parameter) {
+                Resolution::Exact(place) | Resolution::Renamed(place) => {
+                    self.replace(index, replacement, &place.tensor)?
+                }
+                Resolution::Ambiguous(names) => {
+                    self.missing.ambiguous(&replacement.name, &names);
+                    false
+                }
+                // Another adapter may have added the same head.
+                Resolution::Unresolved if self.by_name.contains_key(&replacement.name) => {
+                    self.replace(index, replacement, &replacement.name)?
+                }
+                Resolution::Unresolved => self.add(index, replacement),
+            };
+            let strength = opened.strength_of(&replacement.name)?;
+            if replaced && strength != 1.0 {
+                let text = format!(
+                    "it replaces a whole tensor, to which the strength {strength} does not apply"
+                );
+                self.notices
+                    .push(Notice::new(NoticeKind::StrengthIgnored, text).on(&*replacement.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether the base's tensor had to give way.
+    fn replace(&mut self, index: usize, replacement: &Replacement, name: &str) -> Result<bool> {
+        let tensor = &mut self.tensors[self.by_name[name]];
+        let new = &replacement.tensor;
+        let fail = |reason| Err(new.error(reason));
+        Float::of(new.dtype).ok_or_else(|| {
+            new.error(Reason::AdapterType {
+                dtype: new.dtype.to_string(),
+            })
+        })?;
+        if let Some(first) = tensor.replaced_by {
+            if tensor.source.equals(new)? {
+                return Ok(true);
+            }
+            let path = |index: usize| {
+                self.adapters[index]
+                    .found
+                    .path
+                    .to_string_lossy()
+                    .into_owned()
+            };
+            let (first, second) = (path(first), path(index));
+            return fail(Reason::TwoReplacements { first, second });
+        }
+        if tensor.shape != new.shape {
+            let rows_only = tensor.shape.len() == new.shape.len()
+                && !tensor.shape.is_empty()
+                && tensor.shape[1..] == new.shape[1..];
+            if !rows_only {
+                return fail(Reason::ReplacementShape {
+                    adapter: new.shape.clone(),
+                    base: tensor.shape.clone(),
+                });
+            }
+            let text = format!(
+                "the adapter's version has {} rows, the base's {}",
+                new.dimension(0),
+                tensor.shape[0]
+            );
+            self.notices
+                .push(Notice::new(NoticeKind::RowsDiffer, text).on(name));
+            let embeds = [self.base.input_embedding(), self.base.output_embedding()]
+                .into_iter()
+                .flatten()
+                .any(|embedding| embedding.name == name);
+            if embeds || self.ties.as_ref().is_some_and(|ties| ties.head == name) {
+                self.edits.retain(|edit| edit.field != "vocab_size");
+                self.edits.push(Edit {
+                    field: "vocab_size",
+                    value: new.dimension(0).to_string(),
+                    insert: false,
+                });
+            }
+        }
+        // The copy below an adapter is usually the base's own tensor: then nothing is replaced.
+        if replacement.kind == ReplacementKind::BaseLayer
+            && tensor.shape == new.shape
+            && tensor.source.dtype == new.dtype
+            && tensor.source.equals(new)?
+        {
+            return Ok(false);
+        }
+        tensor.shape.clone_from(&new.shape);
+        tensor.source = new.clone();
+        tensor.replaced_by = Some(index);
+        tensor.replaced_below = replacement.kind == ReplacementKind::BaseLayer;
+        Ok(true)
+    }
+
+    /// A whole tensor that the base does not have: a head that the task added.
+    fn add(&mut self, index: usize, replacement: &Replacement) -> bool {
+        let announced = !self.adapters[index].adapter.notices.iter().any(|notice| {
+            notice.kind == NoticeKind::Contradiction
+                && notice.item.as_deref() == Some(replacement.name.as_str())
+        });
+        if !announced {
+            self.missing.unresolved(&self.resolver, &replacement.name);
+            return false;
+        }
+        let text = "the base does not have this tensor; it is added to the result";
+        self.notices
+            .push(Notice::new(NoticeKind::AddedTensor, text).on(&*replacement.name));
+        let shard = self.base.shards.len() - 1;
+        let mut tensor = PlannedTensor::of(&replacement.tensor, replacement.name.clone(), shard);
+        tensor.in_base = false;
+        tensor.replaced_by = Some(index);
+        self.by_name
+            .insert(replacement.name.clone(), self.tensors.len());
+        self.tensors.push(tensor);
+        true
+    }
+
+    fn modules(&mut self, index: usize) -> Result<()> {
+        let adapters = self.adapters;
+        let opened = &adapters[index];
+        let mut problems = Vec::new();
+        for (number, module) in opened.adapter.modules.iter().enumerate() {
+            if !self.is_selected(&module.path)? {
+                continue;
+            }
+            self.selected += 1;
+            let (place, renamed) = match self.resolver.resolve(&module.path, "weight") {
+                Resolution::Exact(place) => (place, false),
+                Resolution::Renamed(place) => (place, true),
+                Resolution::Ambiguous(names) => {
+                    self.missing.ambiguous(&module.path, &names);
+                    continue;
+                }
+                Resolution::Unresolved => {
+                    self.missing.unresolved(&self.resolver, &module.path);
+                    continue;
+                }
+            };
+            if let Err(error) = self.module(index, number, &place.tensor, place.rows, renamed) {
+                problems.push(error);
+            }
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let cases = problems.iter().map(Error::to_string).collect();
+        Err(problems.swap_remove(0).with_cases(cases))
+    }
+
+    fn module(
+        &mut self,
+        index: usize,
+        number: usize,
+        name: &str,
+        rows: Rows,
+        renamed: bool,
+    ) -> Result<()> {
+        let opened = &self.adapters[index];
+        let module = &opened.adapter.modules[number];
+        let strength = opened.strength_of(&module.path)?;
+        let target = self.by_name[name];
+        let shape = self.tensors[target].shape.clone();
+        let area = Area::of(rows, &shape).ok_or_else(|| {
+            module.error(Reason::Shape {
+                adapter: "a single expert".to_owned(),
+                base: format!("shape {shape:?}"),
+            })
+        })?;
+        touchable(&self.tensors[target])?;
+        let geometry = on_weight(self.base, module, name, &shape, &area)?;
+        // PEFT defines neither DoRA nor IA3 there.
+        if name.ends_with("in_proj_weight") && module.method.order() == Order::Sequential {
+            let reason = Reason::MethodOnTarget {
+                method: module.method.name(),
+                what: "nn.MultiheadAttention",
+            };
+            return Err(module.error(reason));
+        }
+        let planned = PlannedModule {
+            adapter: index,
+            module: number,
+            strength,
+            rows: area.rows,
+            geometry,
+            renamed,
+        };
+        let twice = self.tensors[target].modules.iter().find(|other| {
+            let rows = other.rows.start < planned.rows.end && planned.rows.start < other.rows.end;
+            other.adapter == index && other.geometry.part == Part::Weight && rows
+        });
+        if let Some(other) = twice {
+            let first = opened.adapter.modules[other.module].path.clone();
+            return Err(module.error(Reason::TwoModules {
+                first,
+                tensor: name.to_owned(),
+            }));
+        }
+        self.tensors[target].modules.push(planned);
+        if module.method.order() == Order::Sequential && strength != 1.0 {
+            let text = format!(
+                "{} at strength {strength} interpolates between the base and the full result; PEFT scales inside the formula",
+                module.method.name()
+            );
+            self.notices
+                .push(Notice::new(NoticeKind::StrengthInterpolates, text).on(&*module.path));
+        }
+        let bias = name
+            .strip_suffix("weight")
+            .map(|owner| format!("{owner}bias"));
+        let bias = bias.and_then(|bias| self.by_name.get(&bias).copied());
+        match (module.method.bias(module), bias) {
+            (BiasUse::No, _) | (BiasUse::IfPresent, None) => Ok(()),
+            (BiasUse::Required, None) => Err(module.error(Reason::NoBias)),
+            (BiasUse::Required, Some(_)) if name.ends_with("in_proj_weight") => {
+                Err(module.error(Reason::MethodOnTarget {
+                    method: "lora_bias",
+                    what: "nn.MultiheadAttention",
+                }))
+            }
+            (_, Some(bias)) => self.bias(index, number, strength, bias, renamed),
+        }
+    }
+
+    fn bias(
+        &mut self,
+        index: usize,
+        number: usize,
+        strength: f64,
+        target: usize,
+        renamed: bool,
+    ) -> Result<()> {
+        let module = &self.adapters[index].adapter.modules[number];
+        let tensor = &mut self.tensors[target];
+        touchable(tensor)?;
+        let outputs = module.method.extent(module).outputs;
+        if tensor.shape.len() != 1 || outputs != Some(tensor.shape[0]) {
+            let adapter = format!("a bias of {} outputs", outputs.unwrap_or(0));
+            return Err(module.error(Reason::Shape {
+                adapter,
+                base: format!("shape {:?}", tensor.shape),
+            }));
+        }
+        let geometry = Geometry {
+            part: Part::Bias,
+            rows: 1,
+            columns: tensor.shape[0],
+            orientation: Orientation::InputsFirst,
+            kernel: 1,
+        };
+        tensor.modules.push(PlannedModule {
+            adapter: index,
+            module: number,
+            strength,
+            rows: 0..1,
+            geometry,
+            renamed,
+        });
+        Ok(())
+    }
+
+    /// Rows of embeddings; a shared output embedding follows (PEFT wraps both).
+    fn tokens(&mut self, index: usize) -> Result<()> {
+        let adapters = self.adapters;
+        for tokens in &adapters[index].adapter.tokens {
+            if !self.is_selected(&tokens.path)? {
+                continue;
+            }
+            self.selected += 1;
+            let name = match self.resolver.resolve(&tokens.path, "weight") {
+                Resolution::Exact(place) | Resolution::Renamed(place) => place.tensor,
+                Resolution::Ambiguous(names) => {
+                    self.missing.ambiguous(&tokens.path, &names);
+                    continue;
+                }
+                Resolution::Unresolved => {
+                    self.missing.unresolved(&self.resolver, &tokens.path);
+                    continue;
+                }
+            };
+            let mut names = vec![name.clone()];
+            if let Some(ties) = &self.ties
+                && ties.embedding == name
+                && !adapters[index]
+                    .adapter
+                    .tokens
+                    .iter()
+                    .any(|other| other.path.ends_with("lm_head"))
+            {
+                names.push(ties.head.clone());
+            }
+            for name in names {
+                let tensor = &mut self.tensors[self.by_name[&name]];
+                touchable(tensor)?;
+                if tensor.shape.len() != 2 || tensor.shape[1] != tokens.rows.dimension(1) {
+                    let reason = Reason::ReplacementShape {
+                        adapter: tokens.rows.shape.clone(),
+                        base: tensor.shape.clone(),
+                    };
+                    return Err(tokens.rows.error(reason));
+                }
+                for (from, row) in tokens.indices.iter().enumerate() {
+                    if *row >= tensor.shape[0] {
+                        let reason = Reason::TokenRow {
+                            row: *row,
+                            rows: tensor.shape[0],
+                        };
+                        return Err(tokens.rows.error(reason));
+                    }
+                    if let Some((other, other_row)) =
+                        tensor.rows.insert(*row, (tokens.rows.clone(), from))
+                        && !same_row(&other, other_row, &tokens.rows, from)?
+                    {
+                        let first = other.input.path().to_string_lossy().into_owned();
+                        let second = tokens.rows.input.path().to_string_lossy().into_owned();
+                        return Err(Error::new(Reason::TwoReplacements { first, second })
+                            .on(format!("{name}, row {row}")));
+                    }
+                }
+            }
+            let strength = adapters[index].strength_of(&tokens.path)?;
+            if strength != 1.0 {
+                let text = format!(
+                    "it replaces whole rows, to which the strength {strength} does not apply"
+                );
+                self.notices
+                    .push(Notice::new(NoticeKind::StrengthIgnored, text).on(&*tokens.path));
+            }
+        }
+        Ok(())
+    }
+
+    fn report_missing(&mut self) -> Result<()> {
+        let missing = &mut self.missing;
+        if !missing.ambiguous.is_empty() {
+            let reason = Reason::Ambiguous {
+                count: missing.ambiguous.len(),
+            };
+            return Err(Error::new(reason)
+                .in_file(&self.base.path)
+                .with_cases(std::mem::take(&mut missing.ambiguous)));
+        }
+        if missing.unresolved.is_empty() {
+            return Ok(());
+        }
+        if !self.options.allow_unmatched {
+            let reason = Reason::Modules {
+                count: missing.unresolved.len(),
+            };
+            return Err(Error::new(reason)
+                .in_file(&self.base.path)
+                .with_cases(std::mem::take(&mut missing.unresolved))
+                .with_hint(
+                    "is this the base the adapter was trained on? --allow-unmatched leaves these parts out",
+                ));
+        }
+        self.selected = self.selected.saturating_sub(missing.names.len());
+        for name in &missing.names {
+            let text = "it has no place in the base and was left out";
+            self.notices
+                .push(Notice::new(NoticeKind::LeftOut, text).on(&**name));
+        }
+        Ok(())
+    }
+
+    fn nothing_selected(&self) -> Result<()> {
+        match self.selected {
+            0 => Err(Error::new(Reason::NothingSelected).in_file(&self.adapters[0].found.path)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What has no place in the base.
+#[derive(Default)]
+struct Missing {
+    unresolved: Vec<String>,
+    ambiguous: Vec<String>,
+    names: Vec<String>,
+}
+
+impl Missing {
+    fn unresolved(&mut self, resolver: &Resolver, name: &str) {
+        // Looking for near names costs a walk over the base, so only the first cases get it.
+        let near = if self.unresolved.len() < 20 {
+            resolver.nearest(name, 3)
+        } else {
+            Vec::new()
+        };
+        self.names.push(name.to_owned());
+        self.unresolved.push(match near.is_empty() {
+            true => name.to_owned(),
+            false => format!("{name} (nearest: {})", near.join(", ")),
+        });
+    }
+
+    fn ambiguous(&mut self, name: &str, names: &[String]) {
+        self.ambiguous.push(format!("{name}: {}", names.join(", ")));
+    }
+}
+
+fn touchable(tensor: &PlannedTensor) -> Result<()> {
+    match Float::of(tensor.source.dtype) {
+        Some(_) => Ok(()),
+        None => {
+            let reason = Reason::TensorType {
+                dtype: tensor.source.dtype.to_string(),
+            };
+            Err(tensor.source.error(reason))
+        }
+    }
+}
+
+fn same_row(a: &Tensor, row_a: usize, b: &Tensor, row_b: usize) -> Result<bool> {
+    let width = a.dimension(1);
+    a.equals_in(row_a * width..(row_a + 1) * width, b, row_b * width)
+}
+
+/// A notice if the adapter names a base that nothing about this base agrees with.
+fn other_base(base: &Checkpoint, opened: &Opened) -> Option<Notice> {
+    let named = opened.adapter.facts.base.as_deref()?;
+    let leaf = |text: &str| {
+        text.trim_end_matches(['/', '\\'])
+            .rsplit(['/', '\\'])
+            .next()
+            .unwrap_or("")
+            .to_lowercase()
+    };
+    let wanted = leaf(named);
+    let mut candidates: Vec<String> = Vec::new();
+    if let Some(Ok(path)) = Some(base.path.canonicalize()) {
+        // A hub cache: models--owner--name/snapshots/<commit>.
+        let parts = path.iter().map(|part| part.to_string_lossy().into_owned());
+        candidates.extend(parts.map(|part| part.rsplit("--").next().unwrap_or("").to_lowercase()));
+    }
+    candidates.extend(
+        base.configured("_name_or_path")
+            .and_then(Value::as_str)
+            .map(leaf),
+    );
+    let known = candidates.iter().any(|candidate| {
+        *candidate == wanted || candidate.strip_suffix(".safetensors") == Some(&wanted)
+    });
+    (!known).then(|| {
+        let here = base.path.to_string_lossy();
+        Notice::new(
+            NoticeKind::OtherBase,
+            format!(
+                "the adapter names the base `{named}`; nothing says that `{here}` is that model"
+            ),
+        )
+        .in_file(&opened.found.path)
+    })
+}
