@@ -561,6 +561,34 @@ fn two_modules_or_two_tensors_for_one_place_are_refused() {
 }
 
 #[test]
+fn a_single_expert_is_not_merged_into_a_transposed_stack() {
+    let out = tempfile::tempdir().unwrap();
+    let (base, adapter) = model(out.path(), 1, 4);
+    let experts = |name: &str, shape: [usize; 3]| {
+        (
+            format!("layers.0.mlp.experts.{name}"),
+            shape.to_vec(),
+            vec![0u8; 4 * shape.iter().product::<usize>()],
+        )
+    };
+    let factors = ["A", "B"].map(|factor| {
+        (
+            format!("base_model.model.layers.0.mlp.experts.1.w2.lora_{factor}.weight"),
+            vec![4, 4],
+            vec![0u8; 64],
+        )
+    });
+    write(&adapter.join("adapter_model.safetensors"), &factors);
+    let output = out.path().join("merged");
+    for (up, code) in [([2, 8, 4], 0), ([2, 4, 8], 6)] {
+        let tensors = [experts("gate_up_proj", up), experts("down_proj", [2, 4, 4])];
+        write(&base.join("model.safetensors"), &tensors);
+        let run = merge(&base, &adapter, &output, &["-n"]);
+        assert_eq!(run.status.code(), Some(code), "{}", text(&run.stderr));
+    }
+}
+
+#[test]
 fn every_command_has_help_with_examples_a_manual_page_and_completions() {
     for command in ["merge", "inspect", "check", "completions", "man"] {
         let help = text(&loratool(&[command, "--help"]).stdout);

@@ -121,6 +121,27 @@ fn mismatch(module: &Module, extent: &Extent, shape: &[usize], kernel: usize) ->
     })
 }
 
+/// Whether stacked experts are stored outputs first, as single experts are.
+///
+/// gpt-oss and Llama 4 stack [experts, inputs, outputs], and interleave gate and up: an adapter for a
+/// single expert does not lie in slices there. With square experts only the sibling tells.
+pub(super) fn stacks_outputs_first(base: &Checkpoint, tensor: &str) -> bool {
+    let sibling = |name: &str| base.tensor(name).map(|tensor| tensor.shape.clone());
+    let (up, down) = match tensor.strip_suffix("gate_up_proj") {
+        Some(owner) => (sibling(tensor), sibling(&format!("{owner}down_proj"))),
+        None => {
+            let owner = tensor.strip_suffix("down_proj").unwrap_or(tensor);
+            (sibling(&format!("{owner}gate_up_proj")), sibling(tensor))
+        }
+    };
+    match (up.as_deref(), down.as_deref()) {
+        (Some([_, up_rows, up_columns]), Some([_, down_rows, down_columns])) => {
+            *up_rows == 2 * down_columns && up_columns == down_rows
+        }
+        _ => true,
+    }
+}
+
 /// Model types whose dense layers are GPT-2's Conv1D, stored input first
 /// (`huggingface/transformers`, uses of `pytorch_utils.Conv1D`).
 const CONV1D_MODELS: &[&str] = &[

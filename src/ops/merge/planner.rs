@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::place::{Area, on_weight};
+use super::place::{Area, on_weight, stacks_outputs_first};
 use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
@@ -314,7 +314,8 @@ impl<'a> Planner<'a> {
         let strength = opened.strength_of(&module.path)?;
         let target = self.by_name[name];
         let shape = self.tensors[target].shape.clone();
-        let area = Area::of(rows, &shape).ok_or_else(|| {
+        let stacked = rows == Rows::All || stacks_outputs_first(self.base, name);
+        let area = Area::of(rows, &shape).filter(|_| stacked).ok_or_else(|| {
             module.error(Reason::Shape {
                 adapter: "a single expert".to_owned(),
                 base: format!("shape {shape:?}"),
