@@ -156,7 +156,11 @@ fn an_output_that_is_an_input_through_links_is_refused() {
         },
     ] {
         let error = merge(&options).map(drop).unwrap_err();
-        assert_reason!(error, Reason::IsInput { .. } | Reason::ContainsInput { .. });
+        // Of an adapter the files are asked about first.
+        match options.output.ends_with("adapter") {
+            true => assert_reason!(error, Reason::ContainsInput { .. }),
+            false => assert_reason!(error, Reason::IsInput { .. }),
+        }
         assert!(std::fs::symlink_metadata(&options.output).is_ok());
         assert_eq!(std::fs::read(job.path("base.safetensors")).unwrap(), before);
     }
