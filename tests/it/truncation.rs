@@ -21,6 +21,8 @@ fn said(path: &Path) -> Result<Said> {
     let file = TensorFile::open(path)?;
     let entries = file.directory.tensors.iter().map(|tensor| {
         let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        let bits = shape.iter().product::<usize>() * tensor.dtype.bitsize();
+        assert_eq!(bits as u64, tensor.length * 8, "{tensor:?}");
         (name, tensor.dtype, shape, tensor.offset, tensor.length)
     });
     Ok(entries.collect())
