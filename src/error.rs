@@ -219,6 +219,7 @@ reasons! {
         ReplicationRange { first: usize, last: usize, layers: usize } => "layer replication asks for layers {first}..{last}, the base has {layers}",
         SwappedArguments => "the base is an adapter and the adapter is a checkpoint: the two are swapped",
         BaseIsAdapter => "the base is an adapter, not a checkpoint",
+        NameReserved { name: String } => "the result would hold a tensor named `{name}`, which a header cannot name",
         NameTaken { name: String } => "the result would hold two tensors named `{name}`",
     }
     Unresolved {

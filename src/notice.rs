@@ -123,12 +123,10 @@ impl Notice {
 
 impl fmt::Display for Notice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = String::new();
+        // Part by part, so that a name of any length leaves the text in sight.
         for part in [&self.file, &self.item].into_iter().flatten() {
-            text.push_str(part);
-            text.push_str(": ");
+            write!(f, "{}: ", printable(part))?;
         }
-        text.push_str(&self.text);
-        f.write_str(&printable(&text))
+        f.write_str(&printable(&self.text))
     }
 }

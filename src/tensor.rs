@@ -118,10 +118,11 @@ pub struct Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = crate::printable::printable(&self.name);
         write!(
             f,
-            "{} {} {:?} at {}",
-            self.name, self.dtype, self.shape, self.offset
+            "{name} {} {:?} at {}",
+            self.dtype, self.shape, self.offset
         )
     }
 }

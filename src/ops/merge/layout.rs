@@ -41,6 +41,15 @@ pub(super) fn files(
             name: twice.name.clone(),
         }));
     }
+    // What the header of a safetensors file cannot name.
+    if let Some(foul) = names
+        .iter()
+        .find(|name| ["", "__metadata__"].contains(name))
+    {
+        return Err(Error::new(Reason::NameReserved {
+            name: (*foul).to_owned(),
+        }));
+    }
     let groups: Vec<(String, usize, Vec<PlannedTensor>)> = match (shape, shard_size) {
         (Shape::File, Some(_)) => {
             let problem = "shards need an output folder, not a .safetensors file".to_owned();

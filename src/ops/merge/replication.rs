@@ -3,6 +3,7 @@
 use super::plan::{Opened, PlannedTensor};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
+use crate::containers::safetensors::TENSOR_LIMIT;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
 
@@ -66,15 +67,22 @@ pub(super) fn replicate(
                 layers,
             }));
         }
-        sources.extend(*first..*end);
-        if sources.len() > 10_000 {
+        // Before the range is spelled out: it is a number from a file.
+        if sources.len() + (end - first) > LAYER_LIMIT {
             return Err(fail(Reason::TooMany {
                 what: "layers",
-                limit: 10_000,
+                limit: LAYER_LIMIT,
             }));
         }
+        sources.extend(*first..*end);
     }
     for (shard, tensor) in all {
+        if tensors.len() > TENSOR_LIMIT {
+            return Err(fail(Reason::TooMany {
+                what: "tensors",
+                limit: TENSOR_LIMIT,
+            }));
+        }
         match layer_of(&tensor.name) {
             None => tensors.push(PlannedTensor::of(tensor, tensor.name.clone(), shard)),
             Some((layer, rest)) => {
@@ -106,6 +114,9 @@ pub(super) fn replicate(
     );
     Ok(tensors)
 }
+
+/// Most layers of a result; the deepest published model has 126.
+const LAYER_LIMIT: usize = 2_000;
 
 /// Lists in `config.json` with one entry per layer; transformers refuses them if their length is not
 /// the number of layers.
