@@ -118,11 +118,11 @@ pub struct Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = crate::printable::printable(&self.name);
+        // The name is quoted, which escapes what could act on a terminal.
         write!(
             f,
-            "{name} {} {:?} at {}",
-            self.dtype, self.shape, self.offset
+            "{:?} {} {:?} at {}",
+            self.name, self.dtype, self.shape, self.offset
         )
     }
 }
