@@ -30,6 +30,11 @@ pub trait Method: Sync + Debug {
     /// The inner dimension of the parameters, where there is one.
     fn rank(&self, module: &Module) -> Option<usize>;
 
+    /// Whether it changes the layer's weight.
+    fn weight(&self, _module: &Module) -> bool {
+        true
+    }
+
     /// Whether it changes the layer's bias as well.
     fn bias(&self, module: &Module) -> BiasUse;
 
@@ -78,6 +83,9 @@ pub struct Extent {
     pub inputs: Option<usize>,
     /// Whether `inputs` counts each element of a convolution's kernel.
     pub with_kernel: bool,
+    /// Whether these are rows and columns of the weight as it is stored, of whatever number of axes,
+    /// rather than outputs and inputs.
+    pub as_stored: bool,
 }
 
 /// Whether a method changes the bias of its layer.

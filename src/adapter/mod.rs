@@ -14,7 +14,7 @@ pub mod scan;
 pub use method::{
     BiasUse, Extent, Geometry, Method, Order, Orientation, Part, RoleUse, Update, Workspace,
 };
-pub use module::{Layer, Module, Role, Scale};
+pub use module::{Layer, Module, Role, Scale, Spelling};
 
 /// An adapter as its format describes it. Nothing in the file is left out: a tensor is a parameter of
 /// a module, a replacement, a set of token rows, or listed among the unused.

@@ -29,6 +29,18 @@ pub enum Layer {
     Embedding,
 }
 
+/// How the path of a module is spelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Spelling {
+    /// Dotted, in the model that was trained.
+    #[default]
+    Dotted,
+    /// Dotted, perhaps behind the name of a part of a pipeline: `unet.down_blocks.0…`.
+    InComponent,
+    /// Every dot written as `_`, behind a prefix that names the part: `lora_unet_down_blocks_0…`.
+    Flattened,
+}
+
 /// α/r (or α/√r), with what it is made of. Part of the adapter, unlike the user's strength.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Scale {
@@ -72,8 +84,10 @@ impl Scale {
 /// One adapted layer: a path, a method, its parameters and its scale.
 #[derive(Clone, Debug)]
 pub struct Module {
-    /// Dotted path in the model that was trained.
+    /// Path in the model that was trained.
     pub path: String,
+    /// How the path is spelled.
+    pub spelling: Spelling,
     /// The mathematics.
     pub method: &'static dyn Method,
     /// The tensors, by role.
@@ -98,6 +112,7 @@ impl Module {
     ) -> Result<Self> {
         let module = Module {
             path,
+            spelling: Spelling::Dotted,
             method,
             parameters,
             scale,
@@ -121,6 +136,13 @@ impl Module {
         }
         method.check(&module)?;
         Ok(module)
+    }
+
+    /// The module with its path spelled otherwise.
+    #[must_use]
+    pub fn spelled(mut self, spelling: Spelling) -> Self {
+        self.spelling = spelling;
+        self
     }
 
     /// The tensor in a role.

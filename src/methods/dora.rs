@@ -1,4 +1,4 @@
-//! DoRA: W' = m / ‖V‖ ∘ V with V = W + scale · B · A, norms per output.
+//! DoRA: W' = m / ‖V‖ ∘ V with V = W + scale · B · A, norms per output, or per input.
 //!
 //! Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024; as PEFT computes it
 //! (`peft/tuners/lora/dora.py`, `peft/tuners/lora/variants.py`): no epsilon, the norm over everything but
@@ -6,12 +6,16 @@
 //! adapters on one weight the norm is that of the unmerged base plus this delta, and the factor applies to
 //! the running weight (PEFT 0.21; earlier versions took the norm of the running weight).
 //!
+//! Norms per input, over outputs and kernel, are LyCORIS' `wd_on_output=false` (`lycoris/modules/base.py`,
+//! `apply_weight_decompose`) and what OneTrainer writes. LyCORIS adds 1.2e-7 to every norm; nothing is
+//! added here.
+//!
 //! Evaluated in f64: squares are rounded and added in index order, then the square root, the quotient
 //! and the product, each rounded once.
 
 use std::ops::Range;
 
-use super::lora::{DOWN, UP, check_factors, extent_of_factors, product};
+use super::lora::{DOWN, MID, UP, check_factors, extent_of_factors, product};
 use crate::adapter::factor::Product;
 use crate::adapter::{
     BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
@@ -23,8 +27,13 @@ use crate::linalg::Kernel;
 /// The learned norms, one per output.
 pub const MAGNITUDE: Role = Role::new("magnitude");
 
+/// The learned norms, one per input.
+pub const INPUT_MAGNITUDE: Role = Role::new("input magnitude");
+
 /// The method.
 pub static DORA: Dora = Dora;
+
+const MAGNITUDE_SUFFIX: &str = "dora_scale";
 
 /// LoRA with learned norms.
 #[derive(Debug)]
@@ -49,8 +58,18 @@ impl Method for Dora {
             },
             RoleUse {
                 role: MAGNITUDE,
-                suffix: "dora_scale",
-                required: true,
+                suffix: MAGNITUDE_SUFFIX,
+                required: false,
+            },
+            RoleUse {
+                role: INPUT_MAGNITUDE,
+                suffix: MAGNITUDE_SUFFIX,
+                required: false,
+            },
+            RoleUse {
+                role: MID,
+                suffix: "lora_mid.weight",
+                required: false,
             },
         ]
     }
@@ -61,12 +80,24 @@ impl Method for Dora {
 
     fn check(&self, module: &Module) -> Result<()> {
         check_factors(module)?;
-        let (magnitude, up) = (module.require(MAGNITUDE)?, module.require(UP)?);
-        if magnitude.elements() != up.dimension(0) {
+        let (magnitude, count, what) = match (module.get(MAGNITUDE), module.get(INPUT_MAGNITUDE)) {
+            (Some(magnitude), None) => (magnitude, module.require(UP)?.dimension(0), "outputs"),
+            (None, Some(magnitude)) => (magnitude, module.require(DOWN)?.dimension(1), "inputs"),
+            (None, None) => {
+                return Err(module.error(Reason::RoleMissing {
+                    role: MAGNITUDE.name(),
+                    suffix: MAGNITUDE_SUFFIX.to_owned(),
+                }));
+            }
+            (Some(_), Some(_)) => {
+                let problem = "there are magnitudes for outputs and for inputs".to_owned();
+                return Err(module.error(Reason::FactorShape { problem }));
+            }
+        };
+        if magnitude.elements() != count {
             let problem = format!(
-                "the magnitude has shape {:?}, the outputs are {}",
-                magnitude.shape,
-                up.dimension(0)
+                "the magnitude has shape {:?}, the {what} are {count}",
+                magnitude.shape
             );
             return Err(module.error(Reason::FactorShape { problem }));
         }
@@ -87,13 +118,25 @@ impl Method for Dora {
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         debug_assert_eq!(on.part, Part::Weight);
+        let (magnitude, kernel) = match module.get(INPUT_MAGNITUDE) {
+            Some(magnitude) => (magnitude, on.kernel.max(1)),
+            None => (module.require(MAGNITUDE)?, 1),
+        };
+        let by_output = module.get(INPUT_MAGNITUDE).is_none();
+        let by_row = by_output == (on.orientation == Orientation::OutputsFirst);
+        let count = if by_row { on.rows } else { on.columns / kernel };
+        if magnitude.elements() != count {
+            let problem = format!(
+                "the magnitude has shape {:?}, the base {count} norms",
+                magnitude.shape
+            );
+            return Err(module.error(Reason::FactorShape { problem }));
+        }
         Ok(Box::new(Normalised {
             product: product(module, on.orientation, module.scale.value)?,
-            magnitude: module.require(MAGNITUDE)?.to_f64()?,
-            squares: match on.orientation {
-                Orientation::OutputsFirst => None,
-                Orientation::InputsFirst => Some(vec![0.0; on.columns]),
-            },
+            magnitude: magnitude.to_f64()?,
+            squares: (!by_row).then(|| vec![0.0; on.columns / kernel]),
+            kernel,
             columns: on.columns.max(1), // a chunk has a size even where there is none
             strength,
         }))
@@ -103,8 +146,9 @@ impl Method for Dora {
 struct Normalised {
     product: Product,
     magnitude: Vec<f64>,
-    /// Sums of squares per column, where outputs are columns.
+    /// Sums of squares per column (or `kernel` neighbouring columns), where norms are not those of rows.
     squares: Option<Vec<f64>>,
+    kernel: usize,
     columns: usize,
     strength: f64,
 }
@@ -119,8 +163,10 @@ impl Update for Normalised {
         self.product.add(rows, &mut matrix, kernel)?;
         if let Some(squares) = &mut self.squares {
             for row in matrix.chunks_exact(self.columns) {
-                for (sum, value) in squares.iter_mut().zip(row) {
-                    *sum += value * value;
+                for (sum, values) in squares.iter_mut().zip(row.chunks(self.kernel)) {
+                    for value in values {
+                        *sum += value * value;
+                    }
                 }
             }
         }
@@ -161,7 +207,7 @@ impl Update for Normalised {
         {
             for (column, (value, merged)) in value.iter_mut().zip(matrix).enumerate() {
                 let factor = if self.squares.is_some() {
-                    factors[column]
+                    factors[column / self.kernel]
                 } else {
                     factors[row]
                 };

@@ -73,7 +73,7 @@ impl Method for Ia3 {
         Extent {
             outputs: module.get(OUTPUT_SCALE).map(|scale| scale.elements()),
             inputs: module.get(INPUT_SCALE).map(|scale| scale.elements()),
-            with_kernel: false,
+            ..Extent::default()
         }
     }
 

@@ -3,9 +3,14 @@
 //! Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; as PEFT computes it
 //! (`peft/tuners/lora/layer.py`, `get_delta_weight`). Convolutions: A is r × in × kernel, B is
 //! out × r × 1…, so that A flattened to r × (in · kernel) gives the flattened weight.
-//! Not here: Tucker (mid) factors, grouped convolutions.
+//!
+//! With a core (LoCon of LyCORIS, "Tucker" or CP: `lycoris/modules/locon.py`, `functional/general.py`):
+//! ΔW[o,i,·] = scale · Σ_p B[o,p] · Σ_q M[p,q,·] · A[q,i]. The inner sum is taken first, in f64, and the
+//! result takes the place of A.
+//! Not here: grouped convolutions.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::adapter::factor::{Factor, Product};
 use crate::adapter::{
@@ -14,12 +19,16 @@ use crate::adapter::{
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
+use crate::tensor::{DType, Tensor};
 
 /// A, r × in (× kernel): maps inputs to the rank.
 pub const DOWN: Role = Role::new("down");
 
 /// B, out × r (× 1…): maps the rank to outputs.
 pub const UP: Role = Role::new("up");
+
+/// M, r × r × kernel: the core between A and B of a convolution.
+pub const MID: Role = Role::new("mid");
 
 /// What is added to the bias, one value per output.
 pub const BIAS: Role = Role::new("bias");
@@ -51,6 +60,11 @@ impl Method for Lora {
             RoleUse {
                 role: BIAS,
                 suffix: "lora_up.bias",
+                required: false,
+            },
+            RoleUse {
+                role: MID,
+                suffix: "lora_mid.weight",
                 required: false,
             },
         ]
@@ -116,7 +130,9 @@ pub(super) fn check_factors(module: &Module) -> Result<()> {
             down.shape, up.shape
         ));
     }
-    if down.dimension(0) != up.dimension(1) {
+    if let Some(mid) = module.get(MID) {
+        check_core(module, down, mid, up)?;
+    } else if down.dimension(0) != up.dimension(1) {
         return fail(format!(
             "the down factor {:?} has rank {}, the up factor {:?} has rank {}",
             down.shape,
@@ -143,22 +159,82 @@ pub(super) fn check_factors(module: &Module) -> Result<()> {
     Ok(())
 }
 
+/// Most elements of A with the core folded into it: 1 GiB in f64.
+const FOLDED_LIMIT: usize = 1 << 27;
+
+/// Checks A (r × in × 1…) and M (r × r × kernel…) against each other and B.
+fn check_core(module: &Module, down: &Tensor, mid: &Tensor, up: &Tensor) -> Result<()> {
+    let fits = mid.shape.len() >= 2
+        && mid.dimension(0) == up.dimension(1)
+        && mid.dimension(1) == down.dimension(0)
+        && down.shape[2..].iter().all(|size| *size == 1);
+    if !fits {
+        let problem = format!(
+            "the factors have shapes {:?}, {:?} and {:?}, which do not go together",
+            down.shape, mid.shape, up.shape
+        );
+        return Err(module.error(Reason::FactorShape { problem }));
+    }
+    let kernel: usize = mid.shape[2..].iter().product();
+    let columns = down.dimension(1).checked_mul(kernel);
+    match columns.and_then(|columns| columns.checked_mul(mid.dimension(0))) {
+        Some(elements) if elements <= FOLDED_LIMIT => Ok(()),
+        _ => Err(module.error(Reason::TooMany {
+            what: "elements in the product of down and mid",
+            limit: FOLDED_LIMIT,
+        })),
+    }
+}
+
+/// C[p, (i,k)] = Σ_q M[p,q,k] · A[q,i], each a chain of fused multiply-adds in the order of q.
+fn folded(down: &Tensor, mid: &Tensor) -> Result<Tensor> {
+    let (outer, inner, inputs) = (mid.dimension(0), mid.dimension(1), down.dimension(1));
+    let kernel: usize = mid.shape[2..].iter().product();
+    let (core, factor) = (mid.to_f64()?, down.to_f64()?);
+    let mut bytes = Vec::with_capacity(outer * inputs * kernel * 8);
+    for p in 0..outer {
+        for i in 0..inputs {
+            for k in 0..kernel {
+                let chain = (0..inner).fold(0.0, |acc, q| {
+                    core[(p * inner + q) * kernel + k].mul_add(factor[q * inputs + i], acc)
+                });
+                bytes.extend_from_slice(&f64::to_le_bytes(chain));
+            }
+        }
+    }
+    Ok(Tensor {
+        name: down.name.clone(),
+        dtype: DType::F64,
+        shape: vec![outer, inputs * kernel],
+        input: down.input.clone(),
+        offset: 0,
+        length: bytes.len() as u64,
+        memory: Some(Arc::from(bytes)),
+    })
+}
+
 pub(super) fn extent_of_factors(module: &Module) -> Extent {
-    let inputs = module
-        .get(DOWN)
-        .map(|down| down.shape[1..].iter().product());
+    let inputs_of = |down: &Tensor| -> usize { down.shape[1..].iter().product() };
+    let core: usize = module
+        .get(MID)
+        .map_or(1, |mid| mid.shape[2..].iter().product());
+    let inputs = module.get(DOWN).map(|down| inputs_of(down) * core);
     let outputs = module.get(UP).map(|up| up.dimension(0));
     Extent {
         outputs,
         inputs,
         with_kernel: true,
+        ..Extent::default()
     }
 }
 
 /// B · A as rows × columns of the stored matrix.
 pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
     let (down, up) = (module.require(DOWN)?, module.require(UP)?);
-    let down = Factor::new(down, down.dimension(0))?;
+    let down = match module.get(MID) {
+        Some(mid) => Factor::new(&folded(down, mid)?, mid.dimension(0))?,
+        None => Factor::new(down, down.dimension(0))?,
+    };
     let up = Factor::new(up, up.dimension(0))?;
     match orientation {
         Orientation::OutputsFirst => Product::new(up, down, c),

@@ -3,8 +3,9 @@
 use crate::adapter::Method;
 
 pub mod dora;
+pub mod full;
 pub mod ia3;
 pub mod lora;
 
 /// Every method.
-pub static METHODS: &[&dyn Method] = &[&lora::LORA, &dora::DORA, &ia3::IA3];
+pub static METHODS: &[&dyn Method] = &[&lora::LORA, &dora::DORA, &ia3::IA3, &full::FULL];

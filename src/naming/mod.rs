@@ -1,5 +1,6 @@
 //! From a module path in a trained model to a place in a checkpoint. Names only: no tensor data, no I/O.
 
+mod component;
 pub mod fold;
 pub mod path;
 mod resolver;

@@ -8,7 +8,9 @@
 //! fused into one tensor.
 
 use std::collections::{BTreeSet, HashSet};
+use std::sync::OnceLock;
 
+use super::component::{self, Flattened};
 use super::path::leaf;
 
 /// Where a module lands.
@@ -53,6 +55,8 @@ pub enum Resolution {
 #[derive(Debug)]
 pub struct Resolver {
     names: HashSet<String>,
+    /// Made when the first flattened name is asked for.
+    flattened: OnceLock<Flattened>,
 }
 
 /// Prefixes that differ between exports of the same model.
@@ -122,6 +126,7 @@ impl Resolver {
     pub fn new<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
         Resolver {
             names: names.into_iter().map(Into::into).collect(),
+            flattened: OnceLock::new(),
         }
     }
 
@@ -139,6 +144,30 @@ impl Resolver {
             1 => Resolution::Renamed(found.pop_first().expect("one place")),
             _ => Resolution::Ambiguous(found.into_iter().map(|place| place.tensor).collect()),
         }
+    }
+
+    /// Finds the weight of a module whose path may start with the name of a part of a pipeline.
+    pub fn resolve_in_component(&self, path: &str) -> Resolution {
+        if let Some(place) = self.named(path, "weight") {
+            return Resolution::Exact(place);
+        }
+        let spellings = component::spellings(path);
+        one_of(
+            spellings
+                .filter_map(|path| self.named(&path, "weight"))
+                .collect(),
+        )
+    }
+
+    /// Finds the weight of a module whose path is flattened, dots and underscores alike, by flattening
+    /// the names of the base.
+    pub fn resolve_flattened(&self, path: &str) -> Resolution {
+        let flattened = self.flattened.get_or_init(|| Flattened::new(&self.names));
+        let place = |tensor: &str| Place {
+            tensor: tensor.to_owned(),
+            rows: Rows::All,
+        };
+        one_of(flattened.find(path).into_iter().map(place).collect())
     }
 
     /// The tensor of a module under exactly this path.
@@ -190,6 +219,15 @@ impl Resolver {
             .take(count)
             .map(|(_, name)| name.clone())
             .collect()
+    }
+}
+
+/// The answer to names that are no guesses: one is exact, more are too many.
+fn one_of(mut found: BTreeSet<Place>) -> Resolution {
+    match found.len() {
+        0 => Resolution::Unresolved,
+        1 => Resolution::Exact(found.pop_first().expect("one place")),
+        _ => Resolution::Ambiguous(found.into_iter().map(|place| place.tensor).collect()),
     }
 }
 

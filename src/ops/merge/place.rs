@@ -64,7 +64,7 @@ pub(super) fn on_weight(
         kernel,
     };
     let channels = columns.checked_div(kernel).unwrap_or(0);
-    let outputs_first = shape.len() >= 2
+    let outputs_first = (shape.len() >= 2 || extent.as_stored)
         && fits(extent.outputs, rows)
         && fits(
             extent.inputs,
@@ -74,8 +74,10 @@ pub(super) fn on_weight(
                 channels
             },
         );
-    let inputs_first =
-        shape.len() == 2 && fits(extent.outputs, columns) && fits(extent.inputs, rows);
+    let inputs_first = shape.len() == 2
+        && !extent.as_stored
+        && fits(extent.outputs, columns)
+        && fits(extent.inputs, rows);
     let orientation = if module.layer == Layer::Embedding {
         inputs_first.then_some(Orientation::InputsFirst)
     } else {

@@ -6,7 +6,9 @@ use super::place::{Area, on_weight, stacks_outputs_first};
 use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
-use crate::adapter::{BiasUse, Geometry, Order, Orientation, Part, Replacement, ReplacementKind};
+use crate::adapter::{
+    BiasUse, Geometry, Order, Orientation, Part, Replacement, ReplacementKind, Spelling,
+};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::{Error, Reason, Result};
@@ -278,7 +280,12 @@ impl<'a> Planner<'a> {
                 continue;
             }
             self.selected += 1;
-            let (place, renamed) = match self.resolver.resolve(&module.path, "weight") {
+            let resolution = match module.spelling {
+                Spelling::Dotted => self.resolver.resolve(&module.path, "weight"),
+                Spelling::InComponent => self.resolver.resolve_in_component(&module.path),
+                Spelling::Flattened => self.resolver.resolve_flattened(&module.path),
+            };
+            let (place, renamed) = match resolution {
                 Resolution::Exact(place) => (place, false),
                 Resolution::Renamed(place) => (place, true),
                 Resolution::Ambiguous(names) => {
@@ -312,6 +319,9 @@ impl<'a> Planner<'a> {
         let opened = &self.adapters[index];
         let module = &opened.adapter.modules[number];
         let strength = opened.strength_of(&module.path)?;
+        if !module.method.weight(module) {
+            return self.bias_of(index, number, strength, name, renamed);
+        }
         let target = self.by_name[name];
         let shape = self.tensors[target].shape.clone();
         let stacked = rows == Rows::All || stacks_outputs_first(self.base, name);
@@ -359,6 +369,19 @@ impl<'a> Planner<'a> {
             self.notices
                 .push(Notice::new(NoticeKind::StrengthInterpolates, text).on(&*module.path));
         }
+        self.bias_of(index, number, strength, name, renamed)
+    }
+
+    /// What a module does to the bias beside a weight.
+    fn bias_of(
+        &mut self,
+        index: usize,
+        number: usize,
+        strength: f64,
+        name: &str,
+        renamed: bool,
+    ) -> Result<()> {
+        let module = &self.adapters[index].adapter.modules[number];
         let bias = name
             .strip_suffix("weight")
             .map(|owner| format!("{owner}bias"));

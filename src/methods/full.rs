@@ -1,0 +1,141 @@
+//! Whole differences: W' = W + m · D, and the same for the bias. Nothing scales them but the strength.
+//!
+//! LyCORIS, `lycoris/modules/full.py` (`diff`, `diff_b`) and `norms.py` (`w_norm`, `b_norm`); ComfyUI,
+//! `comfy/lora.py`. Either part may be there without the other.
+
+use std::ops::Range;
+
+use crate::adapter::factor::Factor;
+use crate::adapter::{
+    BiasUse, Extent, Geometry, Method, Module, Order, Part, Role, RoleUse, Update, Workspace,
+};
+use crate::error::{Reason, Result};
+use crate::linalg::Kernel;
+
+/// D, in the shape of the weight.
+pub const DIFFERENCE: Role = Role::new("difference");
+
+/// What is added to the bias.
+pub const BIAS_DIFFERENCE: Role = Role::new("bias difference");
+
+/// The method.
+pub static FULL: Full = Full;
+
+/// Differences of whole weights and biases.
+#[derive(Debug)]
+pub struct Full;
+
+impl Method for Full {
+    fn name(&self) -> &'static str {
+        "full difference"
+    }
+
+    fn roles(&self) -> &'static [RoleUse] {
+        &[
+            RoleUse {
+                role: DIFFERENCE,
+                suffix: "diff",
+                required: false,
+            },
+            RoleUse {
+                role: BIAS_DIFFERENCE,
+                suffix: "diff_b",
+                required: false,
+            },
+        ]
+    }
+
+    fn order(&self) -> Order {
+        Order::Additive
+    }
+
+    fn check(&self, module: &Module) -> Result<()> {
+        let fail = |problem: String| Err(module.error(Reason::FactorShape { problem }));
+        let (difference, bias) = (module.get(DIFFERENCE), module.get(BIAS_DIFFERENCE));
+        match (difference, bias) {
+            (None, None) => Err(module.error(Reason::RoleMissing {
+                role: DIFFERENCE.name(),
+                suffix: "diff".to_owned(),
+            })),
+            (Some(difference), _) if difference.shape.is_empty() => {
+                fail("the difference has no axis".to_owned())
+            }
+            (_, Some(bias)) if bias.shape.len() != 1 => fail(format!(
+                "the bias difference has shape {:?}; one axis was expected",
+                bias.shape
+            )),
+            (Some(difference), Some(bias)) if difference.dimension(0) != bias.elements() => {
+                fail(format!(
+                    "the difference has shape {:?}, the bias difference {:?}",
+                    difference.shape, bias.shape
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn extent(&self, module: &Module) -> Extent {
+        let difference = module.get(DIFFERENCE);
+        let outputs = difference.or(module.get(BIAS_DIFFERENCE));
+        Extent {
+            outputs: outputs.map(|tensor| tensor.dimension(0)),
+            inputs: difference.map(|difference| difference.shape[1..].iter().product()),
+            with_kernel: true,
+            as_stored: true,
+        }
+    }
+
+    fn rank(&self, _module: &Module) -> Option<usize> {
+        None
+    }
+
+    fn weight(&self, module: &Module) -> bool {
+        module.get(DIFFERENCE).is_some()
+    }
+
+    fn bias(&self, module: &Module) -> BiasUse {
+        match module.get(BIAS_DIFFERENCE) {
+            Some(_) => BiasUse::Required,
+            None => BiasUse::No,
+        }
+    }
+
+    fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
+        let tensor = match on.part {
+            Part::Weight => module.require(DIFFERENCE)?,
+            Part::Bias => module.require(BIAS_DIFFERENCE)?,
+        };
+        Ok(Box::new(Add {
+            difference: Factor::new(tensor, on.rows)?,
+            strength,
+        }))
+    }
+}
+
+/// `value[i,j] = fma(m, D[i,j], value[i,j])`.
+struct Add {
+    difference: Factor,
+    strength: f64,
+}
+
+impl Update for Add {
+    fn apply(
+        &self,
+        rows: Range<usize>,
+        _base: &[f64],
+        value: &mut [f64],
+        _workspace: &mut Workspace,
+        _kernel: &Kernel,
+    ) -> Result<()> {
+        let difference = self.difference.block(rows, 0..self.difference.columns())?;
+        for (value, difference) in value.iter_mut().zip(&difference) {
+            *value = self.strength.mul_add(*difference, *value);
+        }
+        Ok(())
+    }
+
+    fn touches(&self, row: usize, column: usize) -> Result<bool> {
+        let difference = self.difference.block(row..row + 1, column..column + 1)?;
+        Ok(self.strength != 0.0 && difference[(0, 0)] != 0.0)
+    }
+}
