@@ -11,7 +11,10 @@ use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Value};
 use crate::mapped::{Input, is_there};
 
+mod diffusers;
+mod kohya;
 mod peft;
+mod pieces;
 mod spellings;
 
 pub use spellings::Summary;
@@ -41,12 +44,12 @@ pub static FORMATS: &[&dyn Format] = &[
     &spellings::CLONEOFSIMO,
     &spellings::MLX,
     &spellings::XLABS,
-    &spellings::DIFFUSERS_OLD,
-    &spellings::DIFFUSERS_MID,
+    &diffusers::OLD,
+    &diffusers::MID,
     &spellings::KOHYA_DOUBLED,
-    &spellings::KOHYA,
+    &kohya::Kohya,
     &spellings::COMFYUI,
-    &spellings::DIFFUSERS_NEW,
+    &diffusers::NEW,
     &spellings::BFL_CONTROL,
     &spellings::LORALIB,
     &spellings::TEXTUAL_INVERSION,

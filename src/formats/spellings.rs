@@ -118,7 +118,7 @@ fn any(found: &Found, test: impl Fn(&str) -> bool) -> bool {
     found.names().any(test)
 }
 
-const DOWN: &[(&str, usize)] = &[
+pub(super) const DOWN: &[(&str, usize)] = &[
     (".lora_down.weight", 0),
     ("_lora_down.weight", 0),
     (".lora_A.weight", 0),
@@ -161,47 +161,9 @@ pub(super) static XLABS: Spelling = Spelling {
     rank: DOWN,
 };
 
-pub(super) static DIFFUSERS_OLD: Spelling = Spelling {
-    name: "diffusers (attention processors)",
-    recognises: |found| {
-        any(found, |name| {
-            name.contains(".processor.") && name.contains("_lora.")
-        })
-    },
-    rank: DOWN,
-};
-
-pub(super) static DIFFUSERS_MID: Spelling = Spelling {
-    name: "diffusers (lora.down, lora.up)",
-    recognises: |found| {
-        any(found, |name| {
-            name.ends_with(".lora.down.weight") || name.ends_with(".lora_linear_layer.down.weight")
-        })
-    },
-    rank: DOWN,
-};
-
 pub(super) static KOHYA_DOUBLED: Spelling = Spelling {
     name: "almost kohya (prefix written twice)",
     recognises: |found| any(found, |name| name.starts_with("lora_unet_unet_")),
-    rank: DOWN,
-};
-
-pub(super) static KOHYA: Spelling = Spelling {
-    name: "kohya",
-    recognises: |found| {
-        any(found, |name| {
-            [
-                "lora_unet_",
-                "lora_te",
-                "lora_transformer_",
-                "lora_prior_unet_",
-                "lycoris_",
-            ]
-            .iter()
-            .any(|prefix| name.starts_with(prefix))
-        })
-    },
     rank: DOWN,
 };
 
@@ -216,25 +178,6 @@ pub(super) static COMFYUI: Spelling = Spelling {
                 || name.contains(".hada_")
                 || name.contains(".diff")
         })
-    },
-    rank: DOWN,
-};
-
-pub(super) static DIFFUSERS_NEW: Spelling = Spelling {
-    name: "diffusers (PEFT names)",
-    recognises: |found| {
-        found.metadata("lora_adapter_metadata").is_some()
-            || any(found, |name| {
-                let part = [
-                    "unet.",
-                    "transformer.",
-                    "text_encoder.",
-                    "text_encoder_2.",
-                    "transformer_blocks.",
-                ];
-                part.iter().any(|prefix| name.starts_with(prefix))
-                    && (name.contains(".lora_A.") || name.contains(".lora_down."))
-            })
     },
     rank: DOWN,
 };

@@ -13,6 +13,7 @@ mod hostile_safetensors;
 mod hostile_support;
 mod kernels;
 mod laws;
+mod lycoris;
 mod names;
 mod oracle;
 mod output;

@@ -26,7 +26,11 @@ fn described(name: &str) -> Option<Inspection> {
 
 /// Name, modules, ranks, scale, and a word that some notice holds.
 const READ: &[(&str, usize, &[usize], f64, &str)] = &[
+    ("aitoolkit-flux-partial-f16", 4, &[16], 1.0, ""),
+    ("diffusers-mid-sd15", 128, &[4], 1.0, ""),
+    ("diffusers-new-sd15-metadata", 96, &[4], 4.0, ""),
     ("diffusers-new-sd15-peft-twin", 96, &[4], 4.0, ""),
+    ("diffusers-old-sd15-st", 128, &[4], 1.0, ""),
     ("peft-bert-r1-dupmods", 24, &[1], 1.0, ""),
     ("peft-bert-seqcls", 24, &[8], 4.0, ""),
     ("peft-bloom560m-r4", 24, &[4], 0.25, "trains biases"),
@@ -53,7 +57,7 @@ const READ: &[(&str, usize, &[usize], f64, &str)] = &[
 ];
 
 #[test]
-fn every_peft_folder_is_described_as_it_will_be_applied() {
+fn every_adapter_that_is_read_is_described_as_it_will_be_applied() {
     for (name, modules, ranks, scale, word) in READ {
         let Some(found) = described(name) else { return };
         let adapter = found
@@ -91,34 +95,10 @@ fn other_spellings_are_named_and_described() {
     for (name, format, modules, rank) in [
         ("simo-disney-pti", "cloneofsimo", 192, 1),
         (
-            "diffusers-old-sd15-st",
-            "diffusers (attention processors)",
-            128,
-            4,
-        ),
-        (
-            "diffusers-mid-sd15",
-            "diffusers (lora.down, lora.up)",
-            128,
-            4,
-        ),
-        (
-            "diffusers-new-sd15-metadata",
-            "diffusers (PEFT names)",
-            96,
-            4,
-        ),
-        (
             "kohyaish-double-prefix",
             "almost kohya (prefix written twice)",
             128,
             4,
-        ),
-        (
-            "aitoolkit-flux-partial-f16",
-            "diffusers (PEFT names)",
-            4,
-            16,
         ),
         ("mlx-st-gemma2b-4layers", "MLX", 8, 8),
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),

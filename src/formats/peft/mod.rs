@@ -66,6 +66,36 @@ impl Format for Peft {
     }
 }
 
+/// What a configuration of LoRA says where it stands alone, in the metadata of diffusers.
+pub(super) struct Told(Settings);
+
+impl Told {
+    pub(super) fn read(object: &Object, allowed: &[String]) -> Result<Self> {
+        let settings = Settings::read(object, allowed)?;
+        if settings.tuner.name != "LORA" {
+            let name = settings.tuner.name.to_owned();
+            return Err(Error::new(Reason::Method { name }).on("peft_type"));
+        }
+        if !settings.replication.is_empty() {
+            let problem = "layer replication is not supported here".to_owned();
+            return Err(Error::new(Reason::FieldValue { problem }).on("layer_replication"));
+        }
+        Ok(Told(settings))
+    }
+
+    pub(super) fn scale(&self, path: &str) -> Result<Scale> {
+        self.0.scale(path)
+    }
+
+    pub(super) fn dora(&self) -> bool {
+        self.0.tuner.dora
+    }
+
+    pub(super) fn notices(&self) -> &[Notice] {
+        &self.0.notices
+    }
+}
+
 /// The tensors of one module as they come in.
 #[derive(Default)]
 struct Parts {

@@ -1,0 +1,164 @@
+//! What LyCORIS and diffusers computed, against what we compute.
+
+use std::path::Path;
+
+use loratool::adapter::Spelling;
+use loratool::containers::TensorFile;
+use loratool::formats::{Found, ReadOptions};
+use loratool::tensor::DType;
+use loratool::{Error, Kind};
+
+use crate::oracle::Stored;
+use crate::support::{fixture, merge, options, write_safetensors};
+
+fn close(name: &str, ours: &[f64], theirs: &[f64]) {
+    assert_eq!(ours.len(), theirs.len(), "{name}");
+    let largest = theirs.iter().fold(0.0, |all: f64, v| all.max(v.abs()));
+    let gap = ours
+        .iter()
+        .zip(theirs)
+        .fold(0.0, |all: f64, (a, b)| all.max((a - b).abs()));
+    assert!(
+        gap <= 1e-5 * largest,
+        "{name} differs by {gap:e} of {largest:e}"
+    );
+}
+
+/// Merges one adapter into one file at a strength.
+fn merged(base: &Path, adapter: &Path, strength: f64) -> TensorFile {
+    let out = tempfile::tempdir().unwrap();
+    let output = out.path().join("merged.safetensors");
+    let mut options = options(base, adapter, &output);
+    options.adapters[0].strength = strength;
+    merge(&options).unwrap_or_else(|error| panic!("{}: {error:?}", adapter.display()));
+    TensorFile::open(&output).unwrap()
+}
+
+fn compare(name: &str, merged: &TensorFile, expected: &TensorFile, end: &str) -> usize {
+    let mut compared = 0;
+    for expected in &expected.directory.tensors {
+        let wanted = expected.name.strip_suffix(end);
+        if let Some(wanted) = wanted.filter(|wanted| {
+            !wanted.contains('@') && (wanted.ends_with("weight") || wanted.ends_with("bias"))
+        }) {
+            let ours = merged.tensor(wanted).unwrap();
+            let theirs = expected.to_f64().unwrap();
+            close(
+                &format!("{name}: {wanted}{end}"),
+                &ours.to_f64().unwrap(),
+                &theirs,
+            );
+            compared += 1;
+        }
+    }
+    compared
+}
+
+#[test]
+fn every_golden_of_lycoris_is_met() {
+    let mut met = 0;
+    for entry in std::fs::read_dir(fixture("lycoris")).unwrap() {
+        let folder = entry.unwrap().path();
+        let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
+        if name == "unet_attn" {
+            continue;
+        }
+        let file = |name: &str| folder.join(name);
+        let (base, adapter) = (file("base.safetensors"), file("adapter.safetensors"));
+        let expected = TensorFile::open(&file("expected.safetensors")).unwrap();
+        let whole = merged(&base, &adapter, 1.0);
+        assert!(compare(&name, &whole, &expected, "") >= 1, "{name}");
+        // LyCORIS' DoRA at half strength starts from W + ΔW; ours from W (docs/methods.md).
+        if !name.contains("dora") {
+            let half = merged(&base, &adapter, 0.5);
+            assert_eq!(compare(&name, &half, &expected, "@0.5"), 1, "{name}");
+        }
+        met += 1;
+    }
+    assert_eq!(met, 16);
+}
+
+#[test]
+fn one_adapter_in_four_spellings_gives_what_diffusers_computes() {
+    let file = |name: &str| fixture("lycoris/unet_attn").join(format!("{name}.safetensors"));
+    let expected = TensorFile::open(&file("unet_merged")).unwrap();
+    for name in ["kohya", "diffusers_new", "diffusers_mid", "diffusers_old"] {
+        let merged = merged(&file("unet"), &file(name), 1.0);
+        assert_eq!(compare(name, &merged, &expected, ""), 618, "{name}");
+    }
+}
+
+fn stored(dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Stored {
+    Stored {
+        dtype,
+        shape: shape.to_vec(),
+        bytes,
+    }
+}
+
+fn ones(shape: &[usize]) -> Stored {
+    let count = shape.iter().product();
+    let bytes = std::iter::repeat_n(1f32.to_le_bytes(), count).flatten();
+    stored(DType::F32, shape, bytes.collect())
+}
+
+fn read(tensors: &[(&str, Stored)]) -> Result<loratool::adapter::Adapter, Error> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    write_safetensors(&path, tensors);
+    Found::open(&path)?.read(&ReadOptions::default())
+}
+
+#[test]
+fn alpha_is_one_element_of_any_rank_and_type() {
+    for (dtype, shape, bytes, alpha) in [
+        (DType::F32, &[][..], 8f32.to_le_bytes().to_vec(), 8.0),
+        (DType::F16, &[1][..], vec![0x00, 0x48], 8.0),
+        (DType::BF16, &[1, 1][..], vec![0x00, 0x41], 8.0),
+        (DType::I64, &[][..], 8i64.to_le_bytes().to_vec(), 8.0),
+        (DType::I8, &[1][..], vec![0xfe], -2.0),
+        (DType::U8, &[1][..], vec![0xfe], 254.0),
+    ] {
+        let adapter = read(&[
+            ("lora_unet_a.lora_down.weight", ones(&[2, 3])),
+            ("lora_unet_a.lora_up.weight", ones(&[4, 2])),
+            ("lora_unet_a.alpha", stored(dtype, shape, bytes)),
+        ])
+        .unwrap();
+        let module = &adapter.modules[0];
+        assert_eq!(module.scale.value, alpha / 2.0, "{dtype:?}");
+        assert_eq!(module.spelling, Spelling::Flattened);
+    }
+    let adapter = read(&[
+        ("lora_unet_a.lora_down.weight", ones(&[2, 3])),
+        ("lora_unet_a.lora_up.weight", ones(&[4, 2])),
+    ])
+    .unwrap();
+    assert_eq!(adapter.modules[0].scale.value, 1.0, "alpha is the rank");
+}
+
+#[test]
+fn other_methods_and_leftovers_are_refused_with_all_cases() {
+    let error = read(&[
+        ("lora_unet_a.hada_w1_a", ones(&[2, 3])),
+        ("lora_unet_b.lokr_w1", ones(&[4, 2])),
+    ])
+    .unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert_eq!(error.cases(), ["lora_unet_a: LoHa", "lora_unet_b: LoKr"]);
+    let error = read(&[
+        ("lora_unet_a.alpha", ones(&[])),
+        ("lora_unet_b.lora_down.weight", ones(&[4, 2])),
+    ])
+    .unwrap_err();
+    assert_eq!(error.cases().len(), 2, "{error}");
+    let error = read(&[("lora_unet_a.lora_what", ones(&[]))]).unwrap_err();
+    assert_eq!(error.kind(), Kind::Malformed);
+    let norms = read(&[
+        ("lora_unet_a.lora_down.weight", ones(&[2, 4])),
+        ("lora_unet_a.lora_up.weight", ones(&[4, 2])),
+        ("lora_unet_a.dora_scale", ones(&[4])),
+    ])
+    .unwrap_err();
+    assert!(norms.to_string().contains("cannot be told"), "{norms}");
+}
