@@ -13,6 +13,7 @@ use crate::adapter::{Adapter, Spelling};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, parse_object};
 use crate::methods::{dora, lora};
+use crate::naming::COMPONENTS;
 use crate::naming::path::without_wrappers;
 
 /// One of the spellings; every one is read by the same rules.
@@ -56,16 +57,6 @@ pub(super) static NEW: Diffusers = Diffusers {
 
 /// PEFT's configuration, as JSON in the header.
 const METADATA: &str = "lora_adapter_metadata";
-
-/// Parts of pipelines.
-const COMPONENTS: &[&str] = &[
-    "unet.",
-    "transformer.",
-    "prior.",
-    "text_encoder.",
-    "text_encoder_2.",
-    "text_encoder_3.",
-];
 
 /// How paths start where the name of the part was left out.
 const BARE: &[&str] = &[

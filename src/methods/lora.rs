@@ -5,7 +5,7 @@
 //! out × r × 1…, so that A flattened to r × (in · kernel) gives the flattened weight.
 //!
 //! With a core (LoCon of LyCORIS, "Tucker" or CP: `lycoris/modules/locon.py`, `functional/general.py`):
-//! ΔW[o,i,·] = scale · Σ_p B[o,p] · Σ_q M[p,q,·] · A[q,i]. The inner sum is taken first, in f64, and the
+//! `ΔW[o,i,·] = scale · Σ_p B[o,p] · Σ_q M[p,q,·] · A[q,i]`. The inner sum is taken first, in f64, and the
 //! result takes the place of A.
 //! Not here: grouped convolutions.
 
@@ -186,7 +186,7 @@ fn check_core(module: &Module, down: &Tensor, mid: &Tensor, up: &Tensor) -> Resu
     }
 }
 
-/// C[p, (i,k)] = Σ_q M[p,q,k] · A[q,i], each a chain of fused multiply-adds in the order of q.
+/// `C[p, (i,k)] = Σ_q M[p,q,k] · A[q,i]`, each a chain of fused multiply-adds in the order of q.
 fn folded(down: &Tensor, mid: &Tensor) -> Result<Tensor> {
     let (outer, inner, inputs) = (mid.dimension(0), mid.dimension(1), down.dimension(1));
     let kernel: usize = mid.shape[2..].iter().product();

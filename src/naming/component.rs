@@ -23,7 +23,7 @@ const PREFIXES: &[(&str, &[&str])] = &[
 const DENOISER: &[&str] = &["", "model.diffusion_model."];
 
 /// Names of parts of a pipeline before a dotted path.
-const COMPONENTS: &[&str] = &[
+pub const COMPONENTS: &[&str] = &[
     "unet.",
     "transformer.",
     "prior.",
@@ -153,7 +153,7 @@ mod tests {
             "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
         );
         let base = Resolver::new([unet, text]);
-        let find = |path| base.resolve_flattened(path);
+        let find = |path: &str| base.resolve_flattened(path);
         assert_eq!(find("lora_unet_input_blocks_1_1_proj_in"), exact(unet));
         let path = "text_model_encoder_layers_0_mlp_fc1";
         assert_eq!(find(&format!("lora_te_{path}")), exact(text));
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn the_name_of_the_part_is_taken_off_a_dotted_path() {
         let base = Resolver::new(["transformer_blocks.0.q.weight", "encoder.layers.0.q.weight"]);
-        let find = |path| base.resolve_in_component(path);
+        let find = |path: &str| base.resolve_in_component(path);
         for path in [
             "transformer.transformer_blocks.0.q",
             "transformer_blocks.0.q",

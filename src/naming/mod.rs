@@ -5,4 +5,5 @@ pub mod fold;
 pub mod path;
 mod resolver;
 
+pub use component::COMPONENTS;
 pub use resolver::{Place, Resolution, Resolver, Rows};

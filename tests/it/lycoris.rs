@@ -65,7 +65,7 @@ fn every_golden_of_lycoris_is_met() {
         }
         let file = |name: &str| folder.join(name);
         let (base, adapter) = (file("base.safetensors"), file("adapter.safetensors"));
-        let expected = TensorFile::open(&file("expected.safetensors")).unwrap();
+        let expected = TensorFile::open(file("expected.safetensors")).unwrap();
         let whole = merged(&base, &adapter, 1.0);
         assert!(compare(&name, &whole, &expected, "") >= 1, "{name}");
         // LyCORIS' DoRA at half strength starts from W + ΔW; ours from W (docs/methods.md).
@@ -81,7 +81,7 @@ fn every_golden_of_lycoris_is_met() {
 #[test]
 fn one_adapter_in_four_spellings_gives_what_diffusers_computes() {
     let file = |name: &str| fixture("lycoris/unet_attn").join(format!("{name}.safetensors"));
-    let expected = TensorFile::open(&file("unet_merged")).unwrap();
+    let expected = TensorFile::open(file("unet_merged")).unwrap();
     for name in ["kohya", "diffusers_new", "diffusers_mid", "diffusers_old"] {
         let merged = merged(&file("unet"), &file(name), 1.0);
         assert_eq!(compare(name, &merged, &expected, ""), 618, "{name}");
