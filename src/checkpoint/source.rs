@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use super::index::{Index, model_config};
 use super::{INDEX, SINGLE};
-use crate::containers::TensorFile;
+use crate::containers::safetensors::Safetensors;
+use crate::containers::{Container, TensorFile};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Object, Value};
 use crate::mapped::{Input, is_there};
@@ -141,6 +142,14 @@ impl Checkpoint {
         config: Option<Document>,
         index: Option<Index>,
     ) -> Result<Self> {
+        for shard in &shards {
+            let name = shard.file.container.name();
+            if name != Safetensors.name() {
+                return Err(
+                    Error::new(Reason::BaseContainer { name }).in_file(shard.file.input.path())
+                );
+            }
+        }
         let mut places = HashMap::new();
         let mut checkpoint = Checkpoint {
             path: path.to_owned(),

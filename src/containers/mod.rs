@@ -11,6 +11,7 @@ use crate::tensor::Tensor;
 
 mod foreign;
 pub mod safetensors;
+mod torch;
 
 /// A kind of file that holds named tensors.
 pub trait Container: Sync {
@@ -25,13 +26,24 @@ pub trait Container: Sync {
     /// # Errors
     /// What the bytes get wrong, with the tensor in question.
     fn open(&self, input: Arc<Input>) -> Result<Directory>;
+
+    /// Compares the data with the checksums that the file states, if it states any; reads all of it.
+    ///
+    /// # Errors
+    /// [`Reason::Checksum`], with the place.
+    fn verify(&self, input: Arc<Input>) -> Result<()> {
+        let _ = input;
+        Ok(())
+    }
 }
 
 /// Every container, in the order they are asked.
 pub static CONTAINERS: &[&dyn Container] = &[
     &safetensors::Safetensors,
-    &foreign::TorchZip,
-    &foreign::LegacyPickle,
+    &torch::TorchZip,
+    &torch::LegacyPickle,
+    &foreign::Npz,
+    &foreign::Zip,
     &foreign::Numpy,
     &foreign::Gguf,
 ];
@@ -93,6 +105,15 @@ impl TensorFile {
             directory,
             by_name,
         })
+    }
+
+    /// Compares the data with the checksums of the file, where its container has them.
+    ///
+    /// # Errors
+    /// Those of [`Container::verify`].
+    pub fn verify(&self) -> Result<()> {
+        let checked = self.container.verify(self.input.clone());
+        checked.map_err(|e| e.in_file(self.input.path()))
     }
 
     /// The tensor of a name.

@@ -42,6 +42,7 @@ pub trait Format: Sync {
 pub static FORMATS: &[&dyn Format] = &[
     &peft::Peft,
     &spellings::CLONEOFSIMO,
+    &spellings::CLONEOFSIMO_LIST,
     &spellings::MLX,
     &spellings::XLABS,
     &diffusers::OLD,

@@ -140,6 +140,27 @@ pub(super) static CLONEOFSIMO: Spelling = Spelling {
     rank: &[(":down", 0)],
 };
 
+/// A bare list of factors, up and down in turn, as `cloneofsimo/lora` saved them in `.pt` files.
+pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
+    name: "cloneofsimo (list without module names)",
+    recognises: |found| {
+        let tensors = &found.file.directory.tensors;
+        let pairs = tensors.len() / 2;
+        let matrix = |number: usize| {
+            let tensor = found.file.tensor(&number.to_string())?;
+            (tensor.shape.len() >= 2).then_some(tensor)
+        };
+        pairs > 0
+            && tensors.len() == 2 * pairs
+            && (0..pairs).all(|pair| match (matrix(2 * pair), matrix(2 * pair + 1)) {
+                (Some(up), Some(down)) => up.dimension(1) == down.dimension(0),
+                _ => false,
+            })
+    },
+    // The odd ones are "down".
+    rank: &[("1", 0), ("3", 0), ("5", 0), ("7", 0), ("9", 0)],
+};
+
 pub(super) static MLX: Spelling = Spelling {
     name: "MLX",
     recognises: |found| {
@@ -206,6 +227,7 @@ pub(super) static TEXTUAL_INVERSION: Spelling = Spelling {
         any(found, |name| {
             name == "emb_params"
                 || name == "string_to_param"
+                || name.starts_with("string_to_param.")
                 || name.starts_with('<')
                 || name == "clip_l"
                 || name == "clip_g"

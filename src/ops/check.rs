@@ -91,6 +91,7 @@ impl Verdict {
                 }
             }
             Opened::Tensors(found) => {
+                found.file.verify()?;
                 let (inspection, adapter) = of_tensors(path, &found, options);
                 let problem = inspection.problem.clone();
                 let described: Vec<Notice> = inspection.notices.clone();

@@ -7,6 +7,8 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
 use crate::checkpoint::Checkpoint;
+use crate::containers::Container;
+use crate::containers::safetensors::Safetensors;
 use crate::error::{Error, Kind, Reason, Result};
 use crate::formats::{Found, ReadOptions, Summary};
 use crate::notice::{Notice, NoticeKind};
@@ -172,7 +174,8 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         }
     }
     let found = Found::open(path)?;
-    if found.looks_like_checkpoint() && !path.is_dir() {
+    let may_be_base = found.file.container.name() == Safetensors.name();
+    if may_be_base && found.looks_like_checkpoint() && !path.is_dir() {
         return Checkpoint::of_file(path, found.file)
             .map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));
     }

@@ -21,4 +21,5 @@ mod overflow;
 mod real_adapters;
 mod support;
 mod tied;
+mod torch_files;
 mod truncation;

@@ -52,6 +52,7 @@ const READ: &[(&str, usize, &[usize], f64, &str)] = &[
     ("peft-sd15-unet", 128, &[4], 4.0, ""),
     ("peft-smollm2", 60, &[8], 2.0, ""),
     ("peft-t5small", 36, &[8], 2.0, ""),
+    ("peft-tinyllama-bin", 44, &[4], 8.0, ""),
     ("peft-vit-fc", 36, &[8], 2.0, ""),
     ("peft-whisper-small", 72, &[8], 4.0, ""),
 ];
@@ -101,6 +102,14 @@ fn other_spellings_are_named_and_described() {
             4,
         ),
         ("mlx-st-gemma2b-4layers", "MLX", 8, 8),
+        ("loralib-roberta-mnli", "loralib", 24, 8),
+        (
+            "simo-kiriko2-te-list-pt",
+            "cloneofsimo (list without module names)",
+            48,
+            4,
+        ),
+        ("peft02-bloom560m-mergedlinear", "PEFT", 24, 16),
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),
     ] {
         let Some(found) = described(name) else { return };
@@ -127,10 +136,22 @@ fn other_spellings_are_named_and_described() {
             "{name}"
         );
     }
-    let Some(found) = described("ti-st-test-embedding") else {
-        return;
-    };
-    assert_eq!(found.format.as_deref(), Some("textual inversion"));
+    for name in [
+        "ti-st-test-embedding",
+        "ti-sd-birb-bin",
+        "simo-kiriko2-ti-pt",
+    ] {
+        let Some(found) = described(name) else { return };
+        assert_eq!(found.format.as_deref(), Some("textual inversion"), "{name}");
+    }
+    for (name, word) in [
+        ("peft-bloomz-prompt-tuning", "PROMPT_TUNING"),
+        ("peft02-bloom560m-mergedlinear", "enable_lora"),
+    ] {
+        let Some(found) = described(name) else { return };
+        let problem = found.problem.expect(name);
+        assert!(problem.text.contains(word), "{name}: {}", problem.text);
+    }
 }
 
 #[test]
@@ -147,14 +168,7 @@ fn what_cannot_be_read_is_refused_by_name() {
     let Some(folder) = folder() else { return };
     for (name, kind, word) in [
         ("gguf-taesd-decoder", Kind::Unsupported, "GGUF"),
-        ("loralib-roberta-mnli", Kind::Unsupported, "torch"),
         ("mlx-npz-7b-16layers-r4", Kind::Unsupported, "npz"),
-        ("peft-bloomz-prompt-tuning", Kind::Unsupported, "torch"),
-        ("peft-tinyllama-bin", Kind::Unsupported, "torch"),
-        ("peft02-bloom560m-mergedlinear", Kind::Unsupported, "torch"),
-        ("simo-kiriko2-te-list-pt", Kind::Unsupported, "torch"),
-        ("simo-kiriko2-ti-pt", Kind::Unsupported, "torch"),
-        ("ti-sd-birb-bin", Kind::Unsupported, "torch"),
         ("odd-empty-safetensors", Kind::Malformed, "no tensor"),
         ("odd-lfs-pointer", Kind::Malformed, "LFS"),
         (

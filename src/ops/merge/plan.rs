@@ -288,6 +288,7 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
             found => found?,
         };
         let adapter = found.read(&options.read)?;
+        found.file.verify()?;
         let format = found.format().expect("it was read by a format");
         let mut strength_for = Vec::new();
         for (pattern, strength) in &selection.strength_for {
