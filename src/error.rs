@@ -173,6 +173,7 @@ reasons! {
         Hole { start: u64, end: u64 } => "the bytes {start} to {end} of the data belong to no tensor",
         TrailingBytes { count: u64 } => "{count} bytes follow the last tensor",
         EmptyName => "a tensor has an empty name",
+        Structure { problem: String } => "{problem}",
         NoTensors => "the file holds no tensor",
         ShardName { name: String } => "the index names the shard `{name}`, which is not a plain file name",
         ShardMissing { name: String } => "the index names the shard `{name}`, which is not there",
@@ -201,6 +202,9 @@ reasons! {
         ZipMember { what: &'static str } => "it is {what}, which is not read",
         PickleName { name: String } => "the pickle asks for `{name}`; only tensors and plain values are read, and nothing is ever executed",
         PickleInstruction { code: u8, at: usize } => "the pickle holds the instruction {code:#04x} at byte {at}, which no torch checkpoint needs",
+        Stored { problem: String } => "{problem}",
+        ScaleMissing => "no file says the scale of this adapter (`lora_parameters.scale`)",
+        QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which cannot be read yet",
         Format { name: &'static str } => "this adapter is spelled as {name}, which can be inspected but not merged yet",
         FormatUnknown => "the spelling of this adapter is not recognised",
         NotAnAdapter => "this is a full checkpoint, not an adapter",
@@ -378,6 +382,9 @@ impl Reason {
                 "PEFT writes the two files together; the config holds rank and alpha"
             }
             Reason::NotACheckpoint => "remove the folder yourself, or name another output",
+            Reason::ScaleMissing => {
+                "if you know the scale, write it into an `adapter_config.json` beside the weights: {\"lora_parameters\": {\"scale\": 20.0}}; the scripts of MLX used 20.0, the oldest 2.0"
+            }
             Reason::SwappedArguments => "exchange --base and --adapter",
             _ => return None,
         })

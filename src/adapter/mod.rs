@@ -14,7 +14,7 @@ pub mod scan;
 pub use method::{
     BiasUse, Extent, Geometry, Method, Order, Orientation, Part, RoleUse, Update, Workspace,
 };
-pub use module::{Layer, Module, Role, Scale, Spelling};
+pub use module::{Layer, Module, Role, Scale, Spelling, Stored};
 
 /// An adapter as its format describes it. Nothing in the file is left out: a tensor is a parameter of
 /// a module, a replacement, a set of token rows, or listed among the unused.
@@ -32,6 +32,8 @@ pub struct Adapter {
     pub replication: Vec<(usize, usize)>,
     /// The output embedding shares one adapter with the input embedding (PEFT `ensure_weight_tying`).
     pub tied: bool,
+    /// What changes a shared embedding was trained on both of its uses, so that it stays shared (MLX).
+    pub keeps_ties: bool,
     /// What the files say about themselves.
     pub facts: Facts,
     /// What is odd but readable.

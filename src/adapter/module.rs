@@ -1,5 +1,6 @@
 //! One adapted layer.
 
+use super::factor::Factor;
 use super::method::Method;
 use crate::error::{Error, Reason, Result};
 use crate::tensor::Tensor;
@@ -39,6 +40,16 @@ pub enum Spelling {
     InComponent,
     /// Every dot written as `_`, behind a prefix that names the part: `lora_unet_down_blocks_0…`.
     Flattened,
+}
+
+/// How the factors of a module lie in its file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stored {
+    /// As the method defines them.
+    #[default]
+    AsDefined,
+    /// Each factor of two axes with its axes exchanged; nothing is moved, methods read it transposed.
+    Transposed,
 }
 
 /// α/r (or α/√r), with what it is made of. Part of the adapter, unlike the user's strength.
@@ -96,6 +107,8 @@ pub struct Module {
     pub scale: Scale,
     /// What it says it adapts.
     pub layer: Layer,
+    /// How its factors lie in the file.
+    pub stored: Stored,
 }
 
 impl Module {
@@ -110,6 +123,21 @@ impl Module {
         scale: Scale,
         layer: Layer,
     ) -> Result<Self> {
+        Self::stored(path, method, parameters, scale, layer, Stored::AsDefined)
+    }
+
+    /// The same for factors that lie otherwise than the method defines them.
+    ///
+    /// # Errors
+    /// As [`Module::new`].
+    pub fn stored(
+        path: String,
+        method: &'static dyn Method,
+        parameters: Vec<(Role, Tensor)>,
+        scale: Scale,
+        layer: Layer,
+        stored: Stored,
+    ) -> Result<Self> {
         let module = Module {
             path,
             spelling: Spelling::Dotted,
@@ -117,6 +145,7 @@ impl Module {
             parameters,
             scale,
             layer,
+            stored,
         };
         for role in method.roles().iter().filter(|role| role.required) {
             if module.get(role.role).is_none() {
@@ -160,6 +189,28 @@ impl Module {
                 role: role.name(),
                 suffix: role.name().to_owned(),
             })
+        })
+    }
+
+    /// The shape of the tensor in a role, as the method defines it.
+    pub fn shape(&self, role: Role) -> Option<Vec<usize>> {
+        self.get(role)
+            .map(|tensor| match (self.stored, &*tensor.shape) {
+                (Stored::Transposed, [outer, inner]) => vec![*inner, *outer],
+                (_, shape) => shape.to_vec(),
+            })
+    }
+
+    /// The tensor in a role as a matrix of its first axis and the rest, as the method defines it.
+    ///
+    /// # Errors
+    /// As [`Module::require`] and [`Factor::new`].
+    pub fn factor(&self, role: Role) -> Result<Factor> {
+        let tensor = self.require(role)?;
+        let factor = Factor::new(tensor, tensor.dimension(0))?;
+        Ok(match (self.stored, tensor.shape.len()) {
+            (Stored::Transposed, 2) => factor.t(),
+            _ => factor,
         })
     }
 

@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use super::index::{Index, model_config};
 use super::{INDEX, SINGLE};
-use crate::containers::safetensors::Safetensors;
-use crate::containers::{Container, TensorFile};
+use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Object, Value};
 use crate::mapped::{Input, is_there};
@@ -144,7 +143,7 @@ impl Checkpoint {
     ) -> Result<Self> {
         for shard in &shards {
             let name = shard.file.container.name();
-            if name != Safetensors.name() {
+            if !shard.file.container.is_base() {
                 return Err(
                     Error::new(Reason::BaseContainer { name }).in_file(shard.file.input.path())
                 );

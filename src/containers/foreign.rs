@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use super::torch::first_name;
 use super::{Container, Directory};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
@@ -55,27 +54,8 @@ macro_rules! recognised {
 }
 
 recognised! {
-    /// One numpy array.
-    Numpy "numpy array" [b"\x93NUMPY"];
     /// llama.cpp's format.
     Gguf "GGUF file" [b"GGUF"];
     /// A zip archive that holds neither a torch checkpoint nor numpy arrays.
     Zip "zip archive" [b"PK\x03\x04", b"PK\x05\x06"];
-}
-
-/// Numpy arrays in a zip archive: the first member tells.
-pub(super) struct Npz;
-
-impl Container for Npz {
-    fn name(&self) -> &'static str {
-        "npz archive"
-    }
-
-    fn detects(&self, head: &[u8], _length: u64) -> bool {
-        first_name(head).is_some_and(|name| name.ends_with(b".npy"))
-    }
-
-    fn open(&self, _input: Arc<Input>) -> Result<Directory> {
-        Err(Error::new(Reason::Container { name: self.name() }))
-    }
 }

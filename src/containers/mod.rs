@@ -10,8 +10,10 @@ use crate::mapped::Input;
 use crate::tensor::Tensor;
 
 mod foreign;
+mod numpy;
 pub mod safetensors;
 mod torch;
+mod zip;
 
 /// A kind of file that holds named tensors.
 pub trait Container: Sync {
@@ -35,16 +37,27 @@ pub trait Container: Sync {
         let _ = input;
         Ok(())
     }
+
+    /// Whether a checkpoint in it can be the base of a merge, whose result is a safetensors file.
+    fn is_base(&self) -> bool {
+        false
+    }
 }
+
+/// Most dimensions of a tensor.
+const DIMENSION_LIMIT: usize = 8;
+
+/// Longest name of a tensor, in bytes.
+const NAME_LIMIT: usize = 4096;
 
 /// Every container, in the order they are asked.
 pub static CONTAINERS: &[&dyn Container] = &[
     &safetensors::Safetensors,
     &torch::TorchZip,
     &torch::LegacyPickle,
-    &foreign::Npz,
+    &numpy::Npz,
     &foreign::Zip,
-    &foreign::Numpy,
+    &numpy::Npy,
     &foreign::Gguf,
 ];
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::{Container, Directory};
+use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Budget, TextMap};
 use crate::mapped::Input;
@@ -26,12 +26,6 @@ pub const HEADER_LIMIT: u64 = 100_000_000;
 
 /// Most tensors in one file; the largest published checkpoints hold about that many in all shards.
 pub const TENSOR_LIMIT: usize = 200_000;
-
-/// Longest tensor name, in bytes.
-const NAME_LIMIT: usize = 4096;
-
-/// Most dimensions of a tensor.
-const DIMENSION_LIMIT: usize = 8;
 
 impl Container for Safetensors {
     fn name(&self) -> &'static str {
@@ -49,6 +43,10 @@ impl Container for Safetensors {
             // Cut inside the length, past the part that can tell.
             None => head.len() > 4 && head[4..].iter().all(|byte| *byte == 0),
         }
+    }
+
+    fn is_base(&self) -> bool {
+        true
     }
 
     fn open(&self, input: Arc<Input>) -> Result<Directory> {

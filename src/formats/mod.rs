@@ -13,6 +13,7 @@ use crate::mapped::{Input, is_there};
 
 mod diffusers;
 mod kohya;
+mod mlx;
 mod peft;
 mod pieces;
 mod spellings;
@@ -43,7 +44,8 @@ pub static FORMATS: &[&dyn Format] = &[
     &peft::Peft,
     &spellings::CLONEOFSIMO,
     &spellings::CLONEOFSIMO_LIST,
-    &spellings::MLX,
+    &spellings::GGUF,
+    &mlx::Mlx,
     &spellings::XLABS,
     &diffusers::OLD,
     &diffusers::MID,

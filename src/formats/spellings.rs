@@ -2,7 +2,7 @@
 //!
 //! Each row says how its names look and where a rank can be seen. Sources: `kohya-ss/sd-scripts`
 //! (`networks/lora.py`), `huggingface/diffusers` (`loaders/lora_conversion_utils.py`),
-//! `cloneofsimo/lora` (`lora_diffusion/lora.py`), `ml-explore/mlx-lm` (`mlx_lm/tuner/utils.py`),
+//! `cloneofsimo/lora` (`lora_diffusion/lora.py`), `ggml-org/llama.cpp` (`src/llama-adapter.cpp`),
 //! `XLabs-AI/x-flux`, `black-forest-labs/flux`, `microsoft/LoRA` (`loralib/layers.py`). A row becomes a
 //! file of its own when its format can be read.
 
@@ -112,6 +112,11 @@ const FACT_KEYS: &[&str] = &[
     "ot_branch",
     "ot_revision",
     "training_info",
+    "general.type",
+    "general.architecture",
+    "general.name",
+    "adapter.type",
+    "adapter.lora.alpha",
 ];
 
 fn any(found: &Found, test: impl Fn(&str) -> bool) -> bool {
@@ -161,14 +166,14 @@ pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
     rank: &[("1", 0), ("3", 0), ("5", 0), ("7", 0), ("9", 0)],
 };
 
-pub(super) static MLX: Spelling = Spelling {
-    name: "MLX",
+pub(super) static GGUF: Spelling = Spelling {
+    name: "GGUF adapter (llama.cpp)",
     recognises: |found| {
-        found.configured("lora_parameters").is_some()
-            || any(found, |name| name.ends_with(".lora_a"))
-                && any(found, |name| name.ends_with(".lora_b"))
+        found.metadata("general.type") == Some("adapter")
+            || any(found, |name| name.ends_with(".weight.lora_a"))
+                && any(found, |name| name.ends_with(".weight.lora_b"))
     },
-    rank: &[(".lora_a", 1)],
+    rank: &[(".lora_a", 0)],
 };
 
 pub(super) static XLABS: Spelling = Spelling {

@@ -15,7 +15,9 @@
 
 use std::ops::Range;
 
-use super::lora::{DOWN, MID, UP, check_factors, extent_of_factors, product};
+use super::lora::{
+    DOWN, MID, UP, check_factors, extent_of_factors, inputs_of_down, product, rank_of_factors,
+};
 use crate::adapter::factor::Product;
 use crate::adapter::{
     BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
@@ -80,9 +82,10 @@ impl Method for Dora {
 
     fn check(&self, module: &Module) -> Result<()> {
         check_factors(module)?;
+        let outputs = || extent_of_factors(module).outputs.unwrap_or(0);
         let (magnitude, count, what) = match (module.get(MAGNITUDE), module.get(INPUT_MAGNITUDE)) {
-            (Some(magnitude), None) => (magnitude, module.require(UP)?.dimension(0), "outputs"),
-            (None, Some(magnitude)) => (magnitude, module.require(DOWN)?.dimension(1), "inputs"),
+            (Some(magnitude), None) => (magnitude, outputs(), "outputs"),
+            (None, Some(magnitude)) => (magnitude, inputs_of_down(module), "inputs"),
             (None, None) => {
                 return Err(module.error(Reason::RoleMissing {
                     role: MAGNITUDE.name(),
@@ -109,7 +112,7 @@ impl Method for Dora {
     }
 
     fn rank(&self, module: &Module) -> Option<usize> {
-        module.get(DOWN).map(|down| down.dimension(0))
+        rank_of_factors(module)
     }
 
     fn bias(&self, _module: &Module) -> BiasUse {

@@ -83,7 +83,7 @@ impl Method for Lora {
     }
 
     fn rank(&self, module: &Module) -> Option<usize> {
-        module.get(DOWN).map(|down| down.dimension(0))
+        rank_of_factors(module)
     }
 
     fn bias(&self, module: &Module) -> BiasUse {
@@ -95,12 +95,10 @@ impl Method for Lora {
 
     fn is_transpose(&self, module: &Module, other: &Module) -> Result<bool> {
         let equal = |a: Role, b: Role| -> Result<bool> {
-            let (a, b) = (module.require(a)?, other.require(b)?);
-            if a.elements() != b.elements() || a.dimension(0) != b.dimension(1) {
+            let (a, b) = (module.factor(a)?, other.factor(b)?.t());
+            if (a.rows(), a.columns()) != (b.rows(), b.columns()) {
                 return Ok(false);
             }
-            let a = Factor::new(a, a.dimension(0))?;
-            let b = Factor::new(b, b.dimension(0))?.t();
             let all = |factor: &Factor| factor.block(0..factor.rows(), 0..factor.columns());
             Ok(all(&a)? == all(&b)?)
         };
@@ -122,38 +120,32 @@ impl Method for Lora {
 
 /// Checks A (r × in × kernel…) against B (out × r × 1…).
 pub(super) fn check_factors(module: &Module) -> Result<()> {
-    let (down, up) = (module.require(DOWN)?, module.require(UP)?);
+    let (module_down, module_up) = (module.require(DOWN)?, module.require(UP)?);
+    let shape = |role| module.shape(role).unwrap_or_default();
+    let (down, up) = (shape(DOWN), shape(UP));
     let fail = |problem: String| Err(module.error(Reason::FactorShape { problem }));
-    if down.shape.len() < 2 || up.shape.len() < 2 {
+    if down.len() < 2 || up.len() < 2 {
         return fail(format!(
-            "the factors have shapes {:?} and {:?}; a factor of one axis is a leftover of sharded training, not an adapter",
-            down.shape, up.shape
+            "the factors have shapes {down:?} and {up:?}; a factor of one axis is a leftover of sharded training, not an adapter",
         ));
     }
     if let Some(mid) = module.get(MID) {
-        check_core(module, down, mid, up)?;
-    } else if down.dimension(0) != up.dimension(1) {
+        check_core(module, module_down, mid, module_up)?;
+    } else if down[0] != up[1] {
         return fail(format!(
             "the down factor {:?} has rank {}, the up factor {:?} has rank {}",
-            down.shape,
-            down.dimension(0),
-            up.shape,
-            up.dimension(1)
+            module_down.shape, down[0], module_up.shape, up[1]
         ));
     }
-    if up.shape[2..].iter().any(|size| *size != 1) {
-        return fail(format!(
-            "the up factor {:?} has a kernel of its own",
-            up.shape
-        ));
+    if up[2..].iter().any(|size| *size != 1) {
+        return fail(format!("the up factor {up:?} has a kernel of its own"));
     }
     if let Some(bias) = module.get(BIAS)
-        && bias.shape != [up.dimension(0)]
+        && bias.shape != [up[0]]
     {
         return fail(format!(
             "the bias has shape {:?}, the outputs are {}",
-            bias.shape,
-            up.dimension(0)
+            bias.shape, up[0]
         ));
     }
     Ok(())
@@ -213,13 +205,26 @@ fn folded(down: &Tensor, mid: &Tensor) -> Result<Tensor> {
     })
 }
 
+pub(super) fn rank_of_factors(module: &Module) -> Option<usize> {
+    module.shape(DOWN)?.first().copied()
+}
+
+/// Input features, without the kernel of a convolution.
+pub(super) fn inputs_of_down(module: &Module) -> usize {
+    module
+        .shape(DOWN)
+        .and_then(|down| down.get(1).copied())
+        .unwrap_or(0)
+}
+
 pub(super) fn extent_of_factors(module: &Module) -> Extent {
-    let inputs_of = |down: &Tensor| -> usize { down.shape[1..].iter().product() };
     let core: usize = module
         .get(MID)
         .map_or(1, |mid| mid.shape[2..].iter().product());
-    let inputs = module.get(DOWN).map(|down| inputs_of(down) * core);
-    let outputs = module.get(UP).map(|up| up.dimension(0));
+    let inputs = module
+        .shape(DOWN)
+        .map(|down| down[1..].iter().product::<usize>() * core);
+    let outputs = module.shape(UP).map(|up| up[0]);
     Extent {
         outputs,
         inputs,
@@ -230,12 +235,11 @@ pub(super) fn extent_of_factors(module: &Module) -> Extent {
 
 /// B · A as rows × columns of the stored matrix.
 pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
-    let (down, up) = (module.require(DOWN)?, module.require(UP)?);
+    let (down, up) = (module.factor(DOWN)?, module.factor(UP)?);
     let down = match module.get(MID) {
-        Some(mid) => Factor::new(&folded(down, mid)?, mid.dimension(0))?,
-        None => Factor::new(down, down.dimension(0))?,
+        Some(mid) => Factor::new(&folded(module.require(DOWN)?, mid)?, mid.dimension(0))?,
+        None => down,
     };
-    let up = Factor::new(up, up.dimension(0))?;
     match orientation {
         Orientation::OutputsFirst => Product::new(up, down, c),
         Orientation::InputsFirst => Product::new(down.t(), up.t(), c),

@@ -7,8 +7,6 @@ use serde::Serialize;
 
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
 use crate::checkpoint::Checkpoint;
-use crate::containers::Container;
-use crate::containers::safetensors::Safetensors;
 use crate::error::{Error, Kind, Reason, Result};
 use crate::formats::{Found, ReadOptions, Summary};
 use crate::notice::{Notice, NoticeKind};
@@ -174,7 +172,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         }
     }
     let found = Found::open(path)?;
-    let may_be_base = found.file.container.name() == Safetensors.name();
+    let may_be_base = found.file.container.is_base();
     if may_be_base && found.looks_like_checkpoint() && !path.is_dir() {
         return Checkpoint::of_file(path, found.file)
             .map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));

@@ -31,6 +31,7 @@ const READ: &[(&str, usize, &[usize], f64, &str)] = &[
     ("diffusers-new-sd15-metadata", 96, &[4], 4.0, ""),
     ("diffusers-new-sd15-peft-twin", 96, &[4], 4.0, ""),
     ("diffusers-old-sd15-st", 128, &[4], 1.0, ""),
+    ("mlx-st-gemma2b-4layers", 8, &[8], 10.0, ""),
     ("peft-bert-r1-dupmods", 24, &[1], 1.0, ""),
     ("peft-bert-seqcls", 24, &[8], 4.0, ""),
     ("peft-bloom560m-r4", 24, &[4], 0.25, "trains biases"),
@@ -101,7 +102,6 @@ fn other_spellings_are_named_and_described() {
             128,
             4,
         ),
-        ("mlx-st-gemma2b-4layers", "MLX", 8, 8),
         ("loralib-roberta-mnli", "loralib", 24, 8),
         (
             "simo-kiriko2-te-list-pt",
@@ -110,6 +110,7 @@ fn other_spellings_are_named_and_described() {
             4,
         ),
         ("peft02-bloom560m-mergedlinear", "PEFT", 24, 16),
+        ("mlx-npz-7b-16layers-r4", "MLX", 32, 4),
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),
     ] {
         let Some(found) = described(name) else { return };
@@ -168,7 +169,6 @@ fn what_cannot_be_read_is_refused_by_name() {
     let Some(folder) = folder() else { return };
     for (name, kind, word) in [
         ("gguf-taesd-decoder", Kind::Unsupported, "GGUF"),
-        ("mlx-npz-7b-16layers-r4", Kind::Unsupported, "npz"),
         ("odd-empty-safetensors", Kind::Malformed, "no tensor"),
         ("odd-lfs-pointer", Kind::Malformed, "LFS"),
         (

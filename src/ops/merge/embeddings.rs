@@ -5,10 +5,10 @@
 //! both change alike, the result stays tied. (PEFT adds every delta to the shared tensor.)
 
 use super::plan::{Opened, PlannedTensor};
-use crate::adapter::Module;
+use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
-use crate::error::Result;
+use crate::error::{Error, Reason, Result};
 use crate::json::Value;
 use crate::naming::path::leaf;
 use crate::notice::{Notice, NoticeKind};
@@ -23,22 +23,26 @@ pub(super) struct Ties {
 
 impl Ties {
     /// Finds shared embeddings that an adapter may pull apart, and gives both sides a place in the plan.
+    ///
+    /// # Errors
+    /// [`Reason::MethodOnTarget`] if one adapter pulls apart what another one keeps together.
     pub(super) fn find(
         base: &Checkpoint,
         adapters: &[Opened],
         tensors: &mut Vec<PlannedTensor>,
-    ) -> Option<Self> {
+    ) -> Result<Option<Self>> {
         if !base.ties_embeddings() {
-            return None;
+            return Ok(None);
         }
-        let embedding = base.input_embedding()?;
+        let Some(embedding) = base.input_embedding() else {
+            return Ok(None);
+        };
         let head = match base.output_embedding() {
             Some(head) => head.name.clone(),
             None => head_name(base, &embedding.name).to_owned(),
         };
         let sides = [owner(&embedding.name), owner(&head)].map(leaf);
-        let touched = adapters.iter().any(|opened| {
-            let adapter = &opened.adapter;
+        let touches = |adapter: &Adapter| {
             let modules = adapter.modules.iter().map(|module| module.path.as_str());
             let replaced = adapter
                 .replacements
@@ -49,9 +53,20 @@ impl Ties {
                 .chain(replaced)
                 .chain(tokens)
                 .any(|path| sides.contains(&leaf(path)))
-        });
-        if !touched {
-            return None;
+        };
+        let touching = || {
+            let adapters = adapters.iter().map(|opened| &opened.adapter);
+            adapters.filter(|adapter| touches(adapter))
+        };
+        if touching().all(|adapter| adapter.keeps_ties) {
+            return Ok(None);
+        }
+        if touching().any(|adapter| adapter.keeps_ties) {
+            let reason = Reason::MethodOnTarget {
+                method: "an adapter that keeps tied embeddings together",
+                what: "the same embeddings as one that pulls them apart",
+            };
+            return Err(Error::new(reason).on(&*embedding.name));
         }
         let added = match base.output_embedding() {
             // Both are stored: transformers ties them only if they are equal.
@@ -59,24 +74,27 @@ impl Ties {
                 let same = stored.shape == embedding.shape
                     && matches!((stored.bytes(), embedding.bytes()), (Ok(a), Ok(b)) if a == b);
                 if !same {
-                    return None;
+                    return Ok(None);
                 }
                 false
             }
             None => {
                 let at = tensors
                     .iter()
-                    .position(|tensor| tensor.name == embedding.name)?;
+                    .position(|tensor| tensor.name == embedding.name);
+                let Some(at) = at else {
+                    return Ok(None);
+                };
                 let twin = PlannedTensor::of(embedding, head.clone(), tensors[at].shard);
                 tensors.insert(at + 1, twin);
                 true
             }
         };
-        Some(Ties {
+        Ok(Some(Ties {
             embedding: embedding.name.clone(),
             head,
             added,
-        })
+        }))
     }
 
     /// A copy of the weight below an adapter is a copy of the shared weight, so both sides start from it.

@@ -91,7 +91,7 @@ impl<'a> Planner<'a> {
         };
         let mut edits = Vec::new();
         let mut tensors = replicate(base, adapters, &mut edits)?;
-        let ties = embeddings::Ties::find(base, adapters, &mut tensors);
+        let ties = embeddings::Ties::find(base, adapters, &mut tensors)?;
         let by_name: HashMap<String, usize> = tensors
             .iter()
             .enumerate()

@@ -1,0 +1,426 @@
+//! Arrays of numpy: `.npy` holds one, `.npz` is a zip archive of them.
+//!
+//! Source: `numpy/lib/_format_impl.py`: six bytes of magic, two of version, the length of the header, and a
+//! Python literal with the keys `descr`, `fortran_order` and `shape`, which is read here by hand; then the
+//! elements. Arrays of objects and records, and big-endian ones, are refused by name.
+//!
+//! Arrays in Fortran order and members that are compressed do not lie in the file as a tensor does; they are
+//! unpacked into memory when the file is opened, within a limit.
+
+use std::sync::Arc;
+
+use super::zip::{self, Member};
+use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
+use crate::error::{Error, Reason, Result};
+use crate::mapped::Input;
+use crate::tensor::{DType, Tensor, elements};
+
+const MAGIC: &[u8] = b"\x93NUMPY";
+
+/// The name of an array that has none.
+const ONLY: &str = "array";
+
+/// Longest header; numpy itself reads 10,000 characters from files it does not trust.
+const HEADER_LIMIT: u64 = 64 << 10;
+
+/// Most bytes of one file that are unpacked into memory.
+const MEMORY_LIMIT: u64 = 256 << 20;
+
+/// One array in a file, named `array`.
+pub(super) struct Npy;
+
+impl Container for Npy {
+    fn name(&self) -> &'static str {
+        "numpy array"
+    }
+
+    fn detects(&self, head: &[u8], _length: u64) -> bool {
+        head.starts_with(MAGIC)
+    }
+
+    fn open(&self, input: Arc<Input>) -> Result<Directory> {
+        let length = input.len();
+        let mut head = vec![0; length.min(HEADER_LIMIT + 12) as usize];
+        input.read_at(&mut head, 0)?;
+        let header = Header::read(&head, length)?;
+        let mut memory_left = MEMORY_LIMIT;
+        let tensor = if header.fortran {
+            spend(&mut memory_left, length)?;
+            let bytes = input.read_all(length)?;
+            header.tensor(ONLY, &input, 0, length, Some(&bytes))?
+        } else {
+            header.tensor(ONLY, &input, 0, length, None)?
+        };
+        Ok(Directory {
+            tensors: vec![tensor],
+            metadata: Vec::new(),
+        })
+    }
+}
+
+/// An archive of arrays, named as its members without `.npy`.
+pub(super) struct Npz;
+
+impl Container for Npz {
+    fn name(&self) -> &'static str {
+        "npz"
+    }
+
+    fn detects(&self, head: &[u8], _length: u64) -> bool {
+        // The local header of the first member: 26 is the length of its name, 30 the name.
+        let length = head.get(26..28).map_or(0, |bytes| {
+            usize::from(bytes[0]) | usize::from(bytes[1]) << 8
+        });
+        head.starts_with(b"PK\x03\x04")
+            && head
+                .get(30..30 + length)
+                .is_some_and(|name| name.ends_with(b".npy"))
+    }
+
+    fn open(&self, input: Arc<Input>) -> Result<Directory> {
+        let mut memory_left = MEMORY_LIMIT;
+        let mut tensors = Vec::new();
+        for member in zip::members(&input)? {
+            let tensor = open_member(&input, &member, &mut memory_left)
+                .map_err(|error| error.on(&*member.name))?;
+            tensors.push(tensor);
+        }
+        tensors.sort_by(|a: &Tensor, b| (a.offset, &a.name).cmp(&(b.offset, &b.name)));
+        Ok(Directory {
+            tensors,
+            metadata: Vec::new(),
+        })
+    }
+}
+
+fn open_member(input: &Arc<Input>, member: &Member, memory_left: &mut u64) -> Result<Tensor> {
+    let Some(name) = member.name.strip_suffix(".npy") else {
+        return Err(malformed("a member of the archive is not an array"));
+    };
+    if name.is_empty() {
+        return Err(Error::new(Reason::EmptyName));
+    }
+    if name.len() > NAME_LIMIT {
+        return Err(Error::new(Reason::NameTooLong {
+            bytes: name.len(),
+            limit: NAME_LIMIT,
+        }));
+    }
+    if member.deflated {
+        spend(memory_left, member.size)?;
+        let bytes = zip::inflate(input, member, member.size)?;
+        let header = Header::read(&bytes, member.size)?;
+        return header.tensor(name, input, member.offset, member.size, Some(&bytes));
+    }
+    let mut head = vec![0; member.size.min(HEADER_LIMIT + 12) as usize];
+    // Most headers are short; a file of many small arrays is read once per array.
+    head.truncate(4096);
+    input.read_at(&mut head, member.offset)?;
+    if Header::end(&head).is_some_and(|end| end > head.len() as u64) {
+        head.resize(member.size.min(HEADER_LIMIT + 12) as usize, 0);
+        input.read_at(&mut head, member.offset)?;
+    }
+    let header = Header::read(&head, member.size)?;
+    if header.fortran {
+        spend(memory_left, member.size)?;
+        let mut bytes = vec![0; member.size as usize];
+        input.read_at(&mut bytes, member.offset)?;
+        return header.tensor(name, input, member.offset, member.size, Some(&bytes));
+    }
+    header.tensor(name, input, member.offset, member.size, None)
+}
+
+fn spend(left: &mut u64, bytes: u64) -> Result<()> {
+    match left.checked_sub(bytes) {
+        Some(rest) => *left = rest,
+        None => {
+            return Err(Error::new(Reason::FileTooLarge {
+                bytes,
+                limit: MEMORY_LIMIT,
+            }));
+        }
+    }
+    Ok(())
+}
+
+fn malformed(problem: impl Into<String>) -> Error {
+    Error::new(Reason::Structure {
+        problem: problem.into(),
+    })
+}
+
+/// What an array says about itself.
+#[derive(Debug)]
+struct Header {
+    dtype: DType,
+    shape: Vec<usize>,
+    fortran: bool,
+    /// Where the elements start.
+    data: u64,
+}
+
+impl Header {
+    /// Where the header ends by its own word.
+    fn end(head: &[u8]) -> Option<u64> {
+        match head.get(6)? {
+            1 => Some(10 + u64::from(u16::from_le_bytes(head.get(8..10)?.try_into().ok()?))),
+            _ => Some(12 + u64::from(u32::from_le_bytes(head.get(8..12)?.try_into().ok()?))),
+        }
+    }
+
+    /// Reads the header of an array of `length` bytes.
+    fn read(head: &[u8], length: u64) -> Result<Self> {
+        if !head.starts_with(MAGIC) {
+            return Err(malformed("a member of the archive is not an array"));
+        }
+        let version = (head.get(6).copied(), head.get(7).copied());
+        let (Some(major), Some(minor)) = version else {
+            return Err(Error::new(Reason::HeaderCut { length }));
+        };
+        if !(1..=3).contains(&major) || minor != 0 {
+            let problem = format!("version {major}.{minor} of the array format is not known");
+            return Err(Error::new(Reason::Stored { problem }));
+        }
+        let start = if major == 1 { 10 } else { 12 };
+        let Some(end) = Self::end(head) else {
+            return Err(Error::new(Reason::HeaderCut { length }));
+        };
+        if end > length {
+            return Err(Error::new(Reason::HeaderBeyondFile {
+                header: end,
+                length,
+            }));
+        }
+        if end - start > HEADER_LIMIT {
+            return Err(Error::new(Reason::HeaderTooLarge {
+                bytes: end - start,
+                limit: HEADER_LIMIT,
+            }));
+        }
+        let text = head
+            .get(start as usize..end as usize)
+            .ok_or_else(|| Error::new(Reason::HeaderCut { length }))?;
+        let text = std::str::from_utf8(text).map_err(|e| {
+            Error::new(Reason::NotUtf8 {
+                at: e.valid_up_to() + start as usize,
+            })
+        })?;
+        let (dtype, fortran, shape) = Literal(text).header()?;
+        Ok(Header {
+            dtype,
+            shape,
+            fortran,
+            data: end,
+        })
+    }
+
+    /// The tensor of an array that lies at `offset` and has `length` bytes, which `bytes` are if it does
+    /// not lie there as it is.
+    fn tensor(
+        self,
+        name: &str,
+        input: &Arc<Input>,
+        offset: u64,
+        length: u64,
+        bytes: Option<&[u8]>,
+    ) -> Result<Tensor> {
+        let size = self.dtype.bitsize() / 8;
+        let fail = |reason| Err(Error::new(reason).on(name));
+        let Some(needed) = elements(&self.shape).and_then(|count| count.checked_mul(size)) else {
+            return fail(Reason::ShapeOverflow { shape: self.shape });
+        };
+        let found = length - self.data;
+        if needed as u64 != found {
+            return fail(Reason::SizeMismatch {
+                expected: needed as u64,
+                found,
+            });
+        }
+        let memory: Option<Arc<[u8]>> = bytes.map(|bytes| {
+            let data = &bytes[self.data as usize..];
+            match self.fortran && self.shape.len() > 1 {
+                true => outermost_first(data, &self.shape, size).into(),
+                false => data.into(),
+            }
+        });
+        Ok(Tensor {
+            name: name.to_owned(),
+            dtype: self.dtype,
+            shape: self.shape,
+            input: input.clone(),
+            offset: if memory.is_some() {
+                offset
+            } else {
+                offset + self.data
+            },
+            length: found,
+            memory,
+        })
+    }
+}
+
+/// Elements in Fortran order, the first index fastest, in the order of a tensor, the last one fastest.
+fn outermost_first(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
+    let mut ordered = Vec::with_capacity(data.len());
+    let mut strides = Vec::with_capacity(shape.len());
+    let mut stride = size;
+    for length in shape {
+        strides.push(stride);
+        stride *= length.max(&1);
+    }
+    let mut index = vec![0; shape.len()];
+    let mut at = 0;
+    while ordered.len() < data.len() {
+        ordered.extend_from_slice(&data[at..at + size]);
+        for axis in (0..shape.len()).rev() {
+            index[axis] += 1;
+            at += strides[axis];
+            if index[axis] < shape[axis] {
+                break;
+            }
+            at -= strides[axis] * shape[axis];
+            index[axis] = 0;
+        }
+    }
+    ordered
+}
+
+/// What is left of the text of a header.
+struct Literal<'a>(&'a str);
+
+impl<'a> Literal<'a> {
+    fn header(mut self) -> Result<(DType, bool, Vec<usize>)> {
+        let (mut dtype, mut fortran, mut shape) = (None, None, None);
+        self.expect("{")?;
+        while !self.accept("}") {
+            let key = self.text()?;
+            self.expect(":")?;
+            let twice = match key {
+                "descr" => dtype.replace(self.dtype()?).is_some(),
+                "fortran_order" => fortran.replace(self.boolean()?).is_some(),
+                "shape" => shape.replace(self.shape()?).is_some(),
+                _ => return Err(malformed(format!("the array's header has a key `{key}`"))),
+            };
+            if twice {
+                return Err(Error::new(Reason::DuplicateKey { key: key.into() }));
+            }
+            if !self.accept(",") {
+                self.expect("}")?;
+                break;
+            }
+        }
+        if !self.0.trim_matches([' ', '\n', '\0']).is_empty() {
+            return Err(malformed("something follows the array's header"));
+        }
+        match (dtype, fortran, shape) {
+            (Some(dtype), Some(fortran), Some(shape)) => Ok((dtype, fortran, shape)),
+            (None, ..) => Err(Error::new(Reason::FieldMissing { field: "descr" })),
+            (_, None, _) => Err(Error::new(Reason::FieldMissing {
+                field: "fortran_order",
+            })),
+            _ => Err(Error::new(Reason::FieldMissing { field: "shape" })),
+        }
+    }
+
+    fn accept(&mut self, token: &str) -> bool {
+        self.0 = self.0.trim_start_matches(' ');
+        match self.0.strip_prefix(token) {
+            Some(rest) => {
+                self.0 = rest;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn expect(&mut self, token: &str) -> Result<()> {
+        match self.accept(token) {
+            true => Ok(()),
+            false => Err(malformed(format!("the array's header lacks a `{token}`"))),
+        }
+    }
+
+    /// A text without escapes.
+    fn text(&mut self) -> Result<&'a str> {
+        let quote = if self.accept("'") {
+            '\''
+        } else {
+            self.expect("\"")?;
+            '"'
+        };
+        let text = self.0;
+        let end = text
+            .find([quote, '\\'])
+            .filter(|end| text[*end..].starts_with(quote))
+            .ok_or_else(|| malformed("a text in the array's header does not end"))?;
+        self.0 = &text[end + 1..];
+        Ok(&text[..end])
+    }
+
+    fn boolean(&mut self) -> Result<bool> {
+        if self.accept("True") {
+            return Ok(true);
+        }
+        self.expect("False").map(|()| false)
+    }
+
+    fn shape(&mut self) -> Result<Vec<usize>> {
+        self.expect("(")?;
+        let mut shape = Vec::new();
+        while !self.accept(")") {
+            self.0 = self.0.trim_start_matches(' ');
+            let digits = self.0.bytes().take_while(u8::is_ascii_digit).count();
+            let (number, rest) = self.0.split_at(digits);
+            let size = number
+                .parse()
+                .map_err(|_| malformed("a dimension of the array is not a whole number"))?;
+            // Python 2 wrote long numbers with an L.
+            self.0 = rest.strip_prefix('L').unwrap_or(rest);
+            if shape.len() == DIMENSION_LIMIT {
+                return Err(Error::new(Reason::TooMany {
+                    what: "dimensions",
+                    limit: DIMENSION_LIMIT,
+                }));
+            }
+            shape.push(size);
+            if !self.accept(",") {
+                if shape.len() == 1 {
+                    return Err(malformed("the shape of the array is not a tuple"));
+                }
+                self.expect(")")?;
+                break;
+            }
+        }
+        Ok(shape)
+    }
+
+    fn dtype(&mut self) -> Result<DType> {
+        let refused = |problem: String| Err(Error::new(Reason::Stored { problem }));
+        if self.accept("[") || self.accept("(") || self.accept("{") {
+            return refused("arrays of records are not supported".into());
+        }
+        let text = self.text()?;
+        Ok(match text {
+            "<f8" => DType::F64,
+            "<f4" => DType::F32,
+            "<f2" => DType::F16,
+            "<i8" => DType::I64,
+            "<i4" => DType::I32,
+            "<i2" => DType::I16,
+            "|i1" | "<i1" => DType::I8,
+            "<u8" => DType::U64,
+            "<u4" => DType::U32,
+            "<u2" => DType::U16,
+            "|u1" | "<u1" => DType::U8,
+            "|b1" | "<b1" => DType::BOOL,
+            "<c8" => DType::C64,
+            _ if text.ends_with('O') => {
+                return refused("arrays of Python objects are never unpickled".into());
+            }
+            _ if text.starts_with('>') => {
+                return refused(format!("big-endian arrays ({text}) are not supported"));
+            }
+            _ => return refused(format!("arrays of type {text} are not supported")),
+        })
+    }
+}

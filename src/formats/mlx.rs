@@ -1,0 +1,282 @@
+//! MLX: `adapter_config.json` beside `adapters.safetensors`, or an old `adapters.npz` without one.
+//!
+//! Source: `ml-explore/mlx-lm`, `mlx_lm/tuner/lora.py`, `dora.py` and `utils.py` (`load_adapters`). A linear
+//! layer has `lora_a` of in × r and `lora_b` of r × out: the transposes of LoRA's factors, and read as such.
+//! An embedding has `lora_a` of vocabulary × r and `lora_b` of r × dim, which are the factors of its weight as
+//! it is stored. `scale` multiplies the product; an `alpha` beside it is not read by MLX either. DoRA adds `m`,
+//! one norm per row. `full` holds whole tensors.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::spellings::summarise;
+use super::{Format, Found, ReadOptions, Summary};
+use crate::adapter::{
+    Adapter, Facts, Layer, Method, Module, Replacement, ReplacementKind, Role, Scale, Stored,
+};
+use crate::error::{Error, Reason, Result};
+use crate::json::{Object, Value};
+use crate::methods::{dora, lora};
+use crate::naming::path;
+use crate::notice::{Notice, NoticeKind};
+use crate::tensor::Tensor;
+
+/// The format.
+pub(super) struct Mlx;
+
+impl Format for Mlx {
+    fn name(&self) -> &'static str {
+        "MLX"
+    }
+
+    fn recognises(&self, found: &Found) -> bool {
+        let ends = |end: &str| found.names().any(|name| name.ends_with(end));
+        found.configured("lora_parameters").is_some()
+            || found.configured("fine_tune_type").is_some()
+            || ends(".lora_a") && ends(".lora_b")
+    }
+
+    fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter> {
+        let config = found
+            .config
+            .as_ref()
+            .ok_or_else(|| Error::new(Reason::ScaleMissing))?;
+        let path = config.input.path();
+        let settings = Settings::read(&config.object, &options.allow_unknown_config)
+            .map_err(|e| e.in_file(path))?;
+        let mut adapter = match settings.kind {
+            Kind::Full => whole(found)?,
+            Kind::Factors(method) => modules(found, &settings, method)?,
+        };
+        adapter.facts = facts(&config.object);
+        // `LoRAEmbedding.as_linear` adapts the output as well, and a tied model has one tensor.
+        adapter.keeps_ties = true;
+        for tensor in &found.file.directory.tensors {
+            if tensor.elements() == 0 {
+                let text = format!("the tensor has no elements: shape {:?}", tensor.shape);
+                let notice = Notice::new(NoticeKind::ZeroSized, text).on(&*tensor.name);
+                adapter.notices.push(notice);
+            }
+        }
+        let file: &Path = found.file.input.path();
+        for notice in &mut adapter.notices {
+            *notice = notice.clone().in_file(file);
+        }
+        Ok(adapter)
+    }
+
+    fn summary(&self, found: &Found) -> Summary {
+        summarise(found, &[(".lora_a", 1)])
+    }
+}
+
+/// What was trained.
+enum Kind {
+    /// Whole tensors.
+    Full,
+    /// The factors of a method.
+    Factors(&'static dyn Method),
+}
+
+struct Settings {
+    kind: Kind,
+    scale: f64,
+    rank: Option<usize>,
+}
+
+/// What MLX knows of `lora_parameters`. All other fields of the file are those of the training command.
+const PARAMETERS: &[&str] = &["rank", "scale", "dropout", "keys", "alpha"];
+
+impl Settings {
+    fn read(config: &Object, allowed: &[String]) -> Result<Self> {
+        let kind = match config.get("fine_tune_type") {
+            Some(Value::String(kind)) => match kind.as_str() {
+                "lora" => Kind::Factors(&lora::LORA),
+                "dora" => Kind::Factors(&dora::DORA),
+                "full" => Kind::Full,
+                _ => {
+                    let name = format!("`{kind}` (fine_tune_type)");
+                    return Err(Error::new(Reason::Method { name }));
+                }
+            },
+            // Before it had a name, DoRA was a flag.
+            None | Some(Value::Null) => match config.get("use_dora") {
+                Some(Value::Bool(true)) => Kind::Factors(&dora::DORA),
+                None | Some(Value::Null | Value::Bool(false)) => Kind::Factors(&lora::LORA),
+                Some(_) => return Err(wrong_type("use_dora", "true or false")),
+            },
+            Some(_) => return Err(wrong_type("fine_tune_type", "a text")),
+        };
+        if let Kind::Full = kind {
+            return Ok(Settings {
+                kind,
+                scale: 1.0,
+                rank: None,
+            });
+        }
+        let parameters = match config.get("lora_parameters") {
+            Some(Value::Object(parameters)) => parameters,
+            None | Some(Value::Null) => return Err(Error::new(Reason::ScaleMissing)),
+            Some(_) => return Err(wrong_type("lora_parameters", "an object")),
+        };
+        for (name, value) in &parameters.0 {
+            let field = format!("lora_parameters.{name}");
+            if !PARAMETERS.contains(&name.as_str()) && !allowed.contains(&field) {
+                let value = value.to_string();
+                return Err(Error::new(Reason::UnknownConfigField { field, value }));
+            }
+        }
+        let scale = match parameters.get("scale") {
+            None => return Err(Error::new(Reason::ScaleMissing)),
+            Some(value) => value
+                .as_f64()
+                .ok_or_else(|| wrong_type("lora_parameters.scale", "a number"))?,
+        };
+        if !scale.is_finite() {
+            let value = scale.to_string();
+            return Err(Error::new(Reason::AlphaNotFinite { value }).on("lora_parameters.scale"));
+        }
+        let rank = match parameters.get("rank") {
+            Some(Value::Integer(rank)) => usize::try_from(*rank).ok(),
+            _ => None,
+        };
+        Ok(Settings { kind, scale, rank })
+    }
+}
+
+fn wrong_type(field: &str, expected: &'static str) -> Error {
+    Error::new(Reason::FieldType { expected }).on(field)
+}
+
+/// Every tensor takes the place of the base's.
+fn whole(found: &Found) -> Result<Adapter> {
+    let mut adapter = Adapter::default();
+    for tensor in &found.file.directory.tensors {
+        if tensor.shape.len() > 2 {
+            // MLX stores the channels of a convolution last.
+            let reason = Reason::MethodOnTarget {
+                method: "a full fine-tune of MLX",
+                what: "a tensor of three axes or more",
+            };
+            return Err(tensor.error(reason));
+        }
+        adapter.replacements.push(Replacement {
+            name: tensor.name.clone(),
+            tensor: tensor.clone(),
+            kind: ReplacementKind::Module,
+        });
+    }
+    Ok(adapter)
+}
+
+fn modules(found: &Found, settings: &Settings, method: &'static dyn Method) -> Result<Adapter> {
+    let mut order = Vec::new();
+    let mut parts: BTreeMap<&str, Vec<(&str, &Tensor)>> = BTreeMap::new();
+    let mut unknown = Vec::new();
+    for tensor in &found.file.directory.tensors {
+        match tensor.name.rsplit_once('.') {
+            Some((path, part @ ("lora_a" | "lora_b" | "m"))) if !path.is_empty() => {
+                let parts = parts.entry(path).or_insert_with(|| {
+                    order.push(path);
+                    Vec::new()
+                });
+                parts.push((part, tensor));
+            }
+            _ => unknown.push(tensor.name.clone()),
+        }
+    }
+    if !unknown.is_empty() {
+        let reason = Reason::UnknownKeys {
+            count: unknown.len(),
+        };
+        return Err(Error::new(reason)
+            .with_cases(unknown)
+            .with_hint("MLX does not load an adapter with such keys either"));
+    }
+    let mut adapter = Adapter::default();
+    let mut problems = Vec::new();
+    for path in order {
+        match module(path, &parts[path], settings, method) {
+            Ok(module) => {
+                if let (Some(stored), Some(configured)) = (method.rank(&module), settings.rank)
+                    && stored != configured
+                {
+                    let text = format!(
+                        "the tensors have rank {stored}, the configuration says {configured}; the scale does not depend on it"
+                    );
+                    let notice = Notice::new(NoticeKind::RankDiffers, text).on(path);
+                    adapter.notices.push(notice);
+                }
+                adapter.modules.push(module);
+            }
+            Err(error) => problems.push(error),
+        }
+    }
+    if !problems.is_empty() {
+        let cases = problems.iter().map(Error::to_string).collect();
+        return Err(problems.swap_remove(0).with_cases(cases));
+    }
+    Ok(adapter)
+}
+
+fn module(
+    path: &str,
+    parts: &[(&str, &Tensor)],
+    settings: &Settings,
+    method: &'static dyn Method,
+) -> Result<Module> {
+    if let Some((_, tensor)) = parts.iter().find(|(_, tensor)| tensor.shape.len() > 2) {
+        let reason = Reason::MethodOnTarget {
+            method: "LoRA of MLX",
+            what: "a mixture of experts (a factor of three axes)",
+        };
+        return Err(tensor.error(reason));
+    }
+    let embedding = is_embedding(path);
+    let role = |part: &str| -> Role {
+        match (part, embedding) {
+            ("m", _) => dora::MAGNITUDE,
+            ("lora_a", false) | ("lora_b", true) => lora::DOWN,
+            _ => lora::UP,
+        }
+    };
+    let parameters = parts
+        .iter()
+        .map(|(part, tensor)| (role(part), (*tensor).clone()))
+        .collect();
+    let stored = match embedding {
+        true => Stored::AsDefined,
+        false => Stored::Transposed,
+    };
+    let scale = Scale {
+        value: settings.scale,
+        ..Scale::ONE
+    };
+    Module::stored(
+        path.to_owned(),
+        method,
+        parameters,
+        scale,
+        Layer::Dense,
+        stored,
+    )
+}
+
+/// Whether a path is that of an embedding: names alone tell, for the factors of a square weight do not.
+fn is_embedding(module: &str) -> bool {
+    let leaf = path::leaf(module);
+    leaf.contains("embed") || leaf == "wte" || leaf == "wpe"
+}
+
+fn facts(config: &Object) -> Facts {
+    let text = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
+    let mut facts = Facts {
+        base: text("model"),
+        tool: Some("MLX".to_owned()),
+        other: BTreeMap::new(),
+    };
+    if let Some(kind) = text("fine_tune_type") {
+        facts.other.insert("fine_tune_type".to_owned(), kind);
+    }
+    facts
+}

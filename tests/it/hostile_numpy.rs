@@ -1,0 +1,353 @@
+//! Arrays of numpy and archives of them: broken ones are refused, odd ones are read.
+
+use std::io::Write;
+use std::path::Path;
+
+use loratool::containers::TensorFile;
+use loratool::{Error, Kind, Reason};
+
+use crate::hostile_support::{Room, assert_printable, assert_reason, within_a_second};
+use crate::support::fixture;
+
+/// An array of this header and data.
+fn npy(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = b"\x93NUMPY\x01\0".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+fn header(dtype: &str, fortran: &str, shape: &str) -> String {
+    format!("{{'descr': '{dtype}', 'fortran_order': {fortran}, 'shape': {shape}, }}\n")
+}
+
+fn array(dtype: &str, shape: &str, data: usize) -> Vec<u8> {
+    npy(&header(dtype, "False", shape), &vec![0; data])
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
+
+/// A member of an archive: name, bytes in the file, method, size, checksum.
+struct Entry<'a>(&'a str, Vec<u8>, u16, u64, u32);
+
+fn stored<'a>(name: &'a str, bytes: &[u8]) -> Entry<'a> {
+    Entry(name, bytes.to_vec(), 0, bytes.len() as u64, crc(bytes))
+}
+
+fn deflated<'a>(name: &'a str, bytes: &[u8]) -> Entry<'a> {
+    let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), Default::default());
+    encoder.write_all(bytes).unwrap();
+    let packed = encoder.finish().unwrap();
+    Entry(name, packed, 8, bytes.len() as u64, crc(bytes))
+}
+
+/// An archive of these members.
+fn zip(entries: &[Entry]) -> Vec<u8> {
+    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
+    for Entry(name, data, method, size, crc) in entries {
+        let offset = bytes.len() as u32;
+        let mut common = vec![20, 0, 0, 0];
+        common.extend(method.to_le_bytes());
+        common.extend([0; 4]);
+        common.extend(crc.to_le_bytes());
+        common.extend((data.len() as u32).to_le_bytes());
+        common.extend((*size as u32).to_le_bytes());
+        common.extend((name.len() as u16).to_le_bytes());
+        common.extend([0; 2]);
+        bytes.extend(b"PK\x03\x04");
+        bytes.extend(&common);
+        bytes.extend(name.as_bytes());
+        bytes.extend(data);
+        directory.extend(b"PK\x01\x02\x14\0");
+        directory.extend(&common);
+        directory.extend([0; 10]);
+        directory.extend(offset.to_le_bytes());
+        directory.extend(name.as_bytes());
+    }
+    let start = bytes.len() as u32;
+    bytes.extend(&directory);
+    bytes.extend(b"PK\x05\x06\0\0\0\0");
+    bytes.extend((entries.len() as u16).to_le_bytes());
+    bytes.extend((entries.len() as u16).to_le_bytes());
+    bytes.extend((directory.len() as u32).to_le_bytes());
+    bytes.extend(start.to_le_bytes());
+    bytes.extend([0; 2]);
+    bytes
+}
+
+fn open(bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
+    let room = Room::new();
+    let path = room.write("x", bytes);
+    // The file stays open and mapped after its folder is gone.
+    within_a_second(move || TensorFile::open(path))
+}
+
+fn refused(bytes: impl AsRef<[u8]>) -> Error {
+    let error = match open(bytes) {
+        Err(error) => error,
+        Ok(file) => panic!("accepted: {:?}", file.directory),
+    };
+    assert!(error.file().is_some(), "{error:?}");
+    assert_printable(&error);
+    error
+}
+
+#[test]
+fn arrays_of_plain_types_are_read_in_place() {
+    for (dtype, size) in [
+        ("<f8", 8),
+        ("<f4", 4),
+        ("<f2", 2),
+        ("<i8", 8),
+        ("<u4", 4),
+        ("|i1", 1),
+        ("|b1", 1),
+    ] {
+        let file = open(array(dtype, "(2, 3)", 6 * size)).unwrap();
+        let tensor = file.tensor("array").unwrap();
+        assert_eq!(
+            (tensor.shape.as_slice(), tensor.length),
+            (&[2, 3][..], 6 * size as u64)
+        );
+        assert!(tensor.memory.is_none());
+    }
+    for (shape, elements) in [
+        ("()", 1),
+        ("(3,)", 3),
+        ("(0, 4)", 0),
+        ("(4096L, 1, )", 4096),
+    ] {
+        let file = open(array("<f4", shape, elements * 4)).unwrap();
+        assert_eq!(
+            file.tensor("array").unwrap().elements(),
+            elements,
+            "{shape}"
+        );
+    }
+}
+
+#[test]
+fn an_array_in_fortran_order_is_read_like_its_twin() {
+    let values = |order: &[usize]| -> Vec<u8> {
+        order
+            .iter()
+            .flat_map(|v| (*v as f32).to_le_bytes())
+            .collect()
+    };
+    // a[i][j][k] = 12 i + 4 j + k, stored with i fastest.
+    let mut order = Vec::new();
+    for k in 0..4 {
+        for j in 0..3 {
+            order.extend((0..2).map(|i| 12 * i + 4 * j + k));
+        }
+    }
+    let bytes = npy(&header("<f4", "True", "(2, 3, 4)"), &values(&order));
+    let expected: Vec<f64> = (0..24).map(f64::from).collect();
+    for file in [
+        open(&bytes).unwrap(),
+        open(zip(&[stored("array.npy", &bytes)])).unwrap(),
+        open(zip(&[deflated("array.npy", &bytes)])).unwrap(),
+    ] {
+        assert_eq!(file.tensor("array").unwrap().to_f64().unwrap(), expected);
+    }
+}
+
+#[test]
+fn members_are_read_stored_and_deflated() {
+    let (a, b) = (array("<f4", "(2, 3)", 24), array("<i4", "(5,)", 20));
+    let file = open(zip(&[stored("a.npy", &a), deflated("b.c.npy", &b)])).unwrap();
+    assert_eq!(file.container.name(), "npz");
+    assert!(file.tensor("a").unwrap().memory.is_none());
+    assert_eq!(
+        file.tensor("b.c").unwrap().bytes().unwrap().as_ref(),
+        [0; 20]
+    );
+}
+
+#[test]
+fn headers_that_lie_are_refused() {
+    for shape in [
+        "(4294967296, 4294967296, 16)",
+        "(18446744073709551615, 2)",
+        "(0, 9223372036854775807, 4)",
+    ] {
+        assert_reason!(
+            refused(array("<f4", shape, 16)),
+            Reason::ShapeOverflow { .. }
+        );
+    }
+    for shape in ["(1099511627776,)", "(3, 3)", "(2,)"] {
+        assert_reason!(
+            refused(array("<f4", shape, 16)),
+            Reason::SizeMismatch { .. }
+        );
+    }
+    for shape in [
+        "(-1,)",
+        "(2.0,)",
+        "[4]",
+        "(4)",
+        "4",
+        "((4,),)",
+        "(1e3,)",
+        "(99999999999999999999,)",
+    ] {
+        assert_reason!(refused(array("<f4", shape, 16)), Reason::Structure { .. });
+    }
+    let many = format!("({})", "1,".repeat(9));
+    assert_reason!(refused(array("<f4", &many, 4)), Reason::TooMany { .. });
+    for dtype in ["|O", ">f4", "<V2", "<U3", "<c16", "<f16", "<M8[s]"] {
+        assert_reason!(refused(array(dtype, "(2,)", 8)), Reason::Stored { .. });
+    }
+    for text in [
+        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': ('<f4', (2,)), 'fortran_order': False, 'shape': (2,)}",
+    ] {
+        assert_reason!(refused(npy(text, &[0; 8])), Reason::Stored { .. });
+    }
+    for text in [
+        "",
+        "{",
+        "{'descr': '<f4'",
+        "{'descr': '<f4', 'fortran_order': 0, 'shape': (2,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} + 1",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'more': 1}",
+        "{'descr': '<f4' 'fortran_order': False}",
+        "{'de\\x73cr': '<f4', 'fortran_order': False, 'shape': (2,)}",
+    ] {
+        assert_reason!(refused(npy(text, &[0; 8])), Reason::Structure { .. });
+    }
+    let twice = "{'shape': (2,), 'descr': '<f4', 'fortran_order': False, 'shape': (2,)}";
+    assert_reason!(refused(npy(twice, &[0; 8])), Reason::DuplicateKey { .. });
+    let without = "{'descr': '<f4', 'shape': (2,)}";
+    assert_reason!(refused(npy(without, &[0; 8])), Reason::FieldMissing { .. });
+    let nested = format!("{{'shape': {}", "(".repeat(60_000));
+    assert_reason!(refused(npy(&nested, &[0; 8])), Reason::Structure { .. });
+    let mut long = b"\x93NUMPY\x02\0\xff\xff\xff\xff".to_vec();
+    assert_reason!(refused(&long), Reason::HeaderBeyondFile { .. });
+    long.splice(8..12, 70_000u32.to_le_bytes());
+    long.resize(80_000, b' ');
+    assert_reason!(refused(&long), Reason::HeaderTooLarge { .. });
+    assert_reason!(refused(b"\x93NUMPY\x04\0\0\0"), Reason::Stored { .. });
+}
+
+#[test]
+fn archives_that_lie_are_refused() {
+    let a = array("<f4", "(2, 3)", 24);
+    let twice = [stored("a.npy", &a), stored("a.npy", &a)];
+    assert_reason!(refused(zip(&twice)), Reason::DuplicateKey { .. });
+    let other = [stored("a.npy", &a), stored("readme.txt", b"hello")];
+    assert_reason!(refused(zip(&other)), Reason::Structure { .. });
+    assert_reason!(refused(zip(&[stored(".npy", &a)])), Reason::EmptyName);
+    let mut wrong = deflated("a.npy", &a);
+    wrong.4 ^= 1;
+    assert_reason!(refused(zip(&[wrong])), Reason::Checksum { .. });
+    for size in [a.len() as u64 - 1, a.len() as u64 + 1, 4_000_000_000] {
+        let mut wrong = deflated("a.npy", &a);
+        wrong.3 = size;
+        assert_reason!(
+            refused(zip(&[wrong])),
+            Reason::Structure { .. } | Reason::FileTooLarge { .. }
+        );
+        let mut wrong = stored("a.npy", &a);
+        wrong.3 = size;
+        assert_reason!(refused(zip(&[wrong])), Reason::Structure { .. });
+    }
+    let mut method = stored("a.npy", &a);
+    method.2 = 93;
+    assert_reason!(refused(zip(&[method])), Reason::Stored { .. });
+    // Two entries of the directory for the same bytes.
+    let mut bytes = zip(&[stored("a.npy", &a), stored("b.npy", &a)]);
+    let second = bytes.len() - 22 - 5 - 4;
+    bytes[second..second + 4].fill(0);
+    assert_reason!(refused(&bytes), Reason::Structure { .. });
+    // One entry fewer than the end says.
+    let mut bytes = zip(&[stored("a.npy", &a)]);
+    let end = bytes.len() - 22;
+    bytes[end + 8] = 2;
+    bytes[end + 10] = 2;
+    assert_reason!(refused(&bytes), Reason::Structure { .. });
+}
+
+#[test]
+fn a_bomb_is_refused_before_it_is_unpacked() {
+    // Many members of 16 MiB of zeros, 16 KiB each: more than is unpacked for one file.
+    let bytes = array("<f4", "(4194304,)", 16 << 20);
+    let names: Vec<String> = (0..64).map(|n| format!("{n}.npy")).collect();
+    let Entry(_, packed, method, size, crc) = deflated("", &bytes);
+    // Lies about the size, and is thereby refused at once.
+    let entries: Vec<Entry> = names
+        .iter()
+        .map(|name| Entry(name, packed.clone(), method, 4 * size, crc))
+        .collect();
+    assert_reason!(refused(zip(&entries)), Reason::Structure { .. });
+    let entries: Vec<Entry> = names
+        .iter()
+        .map(|name| Entry(name, packed.clone(), method, 300 << 20, crc))
+        .collect();
+    assert_reason!(refused(zip(&entries)), Reason::FileTooLarge { .. });
+}
+
+fn cut_everywhere(path: &Path) {
+    let whole = std::fs::read(path).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    assert!(TensorFile::open(path).is_ok());
+    for length in (0..whole.len()).rev() {
+        file.set_len(length as u64).unwrap();
+        let error = match TensorFile::open(path) {
+            Err(error) => error,
+            Ok(_) => panic!("cut at {length} was accepted"),
+        };
+        // A zip archive that ends inside the first name could be any.
+        let any = whole.starts_with(b"PK") && length < 80;
+        assert!(
+            error.kind() == Kind::Malformed || any && error.kind() == Kind::Unsupported,
+            "{length}: {error:?}"
+        );
+        assert_eq!(error.file(), Some(path));
+        assert_printable(&error);
+    }
+}
+
+#[test]
+fn arrays_and_archives_cut_at_any_length_are_refused() {
+    let room = Room::new();
+    let a = array("<f4", "(2, 3)", 24);
+    cut_everywhere(&room.write("a", &a));
+    cut_everywhere(&room.write("b", zip(&[stored("a.npy", &a), deflated("b.npy", &a)])));
+    let npz = std::fs::read(fixture("mlx/lora/adapters.npz")).unwrap();
+    cut_everywhere(&room.write("c", npz));
+}
+
+#[test]
+fn a_changed_byte_never_panics_and_never_changes_more_than_one_tensor() {
+    let room = Room::new();
+    let a = array("<f4", "(2, 3)", 24);
+    for whole in [
+        a.clone(),
+        zip(&[stored("a.npy", &a), deflated("b.npy", &a)]),
+    ] {
+        let path = room.write("x", &whole);
+        for at in 0..whole.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff, whole[at] ^ 1, whole[at] ^ 0x20] {
+                let mut bytes = whole.clone();
+                bytes[at] = value;
+                std::fs::write(&path, &bytes).unwrap();
+                match TensorFile::open(&path) {
+                    Err(error) => assert_printable(&error),
+                    Ok(file) => {
+                        for tensor in &file.directory.tensors {
+                            tensor.bytes().unwrap();
+                        }
+                        assert!(file.directory.tensors.len() <= 2);
+                    }
+                }
+            }
+        }
+    }
+}
