@@ -54,8 +54,6 @@ macro_rules! recognised {
 }
 
 recognised! {
-    /// llama.cpp's format.
-    Gguf "GGUF file" [b"GGUF"];
     /// A zip archive that holds neither a torch checkpoint nor numpy arrays.
     Zip "zip archive" [b"PK\x03\x04", b"PK\x05\x06"];
 }

@@ -10,6 +10,7 @@ use crate::mapped::Input;
 use crate::tensor::Tensor;
 
 mod foreign;
+mod gguf;
 mod numpy;
 pub mod safetensors;
 mod torch;
@@ -58,7 +59,7 @@ pub static CONTAINERS: &[&dyn Container] = &[
     &numpy::Npz,
     &foreign::Zip,
     &numpy::Npy,
-    &foreign::Gguf,
+    &gguf::Gguf,
 ];
 
 /// What a container says about its content.

@@ -231,6 +231,7 @@ pub(super) fn of_tensors(
     let format = found.format();
     let what = match format {
         Some(_) => "adapter",
+        None if found.looks_like_checkpoint() => "checkpoint",
         None => "tensors",
     };
     let container = found.file.container.name();

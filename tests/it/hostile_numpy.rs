@@ -246,7 +246,7 @@ fn archives_that_lie_are_refused() {
     assert_reason!(refused(zip(&[stored(".npy", &a)])), Reason::EmptyName);
     let mut wrong = deflated("a.npy", &a);
     wrong.4 ^= 1;
-    assert_reason!(refused(zip(&[wrong])), Reason::Checksum { .. });
+    assert_reason!(refused(zip(&[wrong])), Reason::Checksum);
     for size in [a.len() as u64 - 1, a.len() as u64 + 1, 4_000_000_000] {
         let mut wrong = deflated("a.npy", &a);
         wrong.3 = size;

@@ -8,6 +8,7 @@ mod definition;
 mod fuzz;
 mod goldens;
 mod hostile_config;
+mod hostile_gguf;
 mod hostile_index;
 mod hostile_numpy;
 mod hostile_safetensors;

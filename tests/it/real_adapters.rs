@@ -157,18 +157,27 @@ fn other_spellings_are_named_and_described() {
 
 #[test]
 fn full_checkpoints_are_described_as_such() {
-    for name in ["base-tinyllm-gpt2-a", "base-ttm-a", "base-ttm-b"] {
+    for name in [
+        "base-tinyllm-gpt2-a",
+        "base-ttm-a",
+        "base-ttm-b",
+        "gguf-taesd-decoder/taesd-decoder.gguf",
+    ] {
         let Some(found) = described(name) else { return };
         assert_eq!(found.what, "checkpoint", "{name}");
         assert!(found.adapter.is_none());
     }
+    let Some(found) = described("gguf-taesd-decoder") else {
+        return;
+    };
+    assert_eq!(found.container, "GGUF");
+    assert_eq!((found.tensors, found.dtypes.len()), (67, 2));
 }
 
 #[test]
 fn what_cannot_be_read_is_refused_by_name() {
     let Some(folder) = folder() else { return };
     for (name, kind, word) in [
-        ("gguf-taesd-decoder", Kind::Unsupported, "GGUF"),
         ("odd-empty-safetensors", Kind::Malformed, "no tensor"),
         ("odd-lfs-pointer", Kind::Malformed, "LFS"),
         (
