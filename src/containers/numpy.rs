@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use super::zip::{self, Member};
+use super::zip::{Archive, MEMORY_LIMIT, Member, beyond_memory, first_name};
 use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
@@ -22,9 +22,6 @@ const ONLY: &str = "array";
 
 /// Longest header; numpy itself reads 10,000 characters from files it does not trust.
 const HEADER_LIMIT: u64 = 64 << 10;
-
-/// Most bytes of one file that are unpacked into memory.
-const MEMORY_LIMIT: u64 = 256 << 20;
 
 /// One array in a file, named `array`.
 pub(super) struct Npy;
@@ -67,21 +64,19 @@ impl Container for Npz {
     }
 
     fn detects(&self, head: &[u8], _length: u64) -> bool {
-        // The local header of the first member: 26 is the length of its name, 30 the name.
-        let length = head.get(26..28).map_or(0, |bytes| {
-            usize::from(bytes[0]) | usize::from(bytes[1]) << 8
-        });
-        head.starts_with(b"PK\x03\x04")
-            && head
-                .get(30..30 + length)
-                .is_some_and(|name| name.ends_with(b".npy"))
+        first_name(head).is_some_and(|name| name.ends_with(b".npy"))
+    }
+
+    fn verify(&self, input: Arc<Input>) -> Result<()> {
+        Archive::read(input)?.verify()
     }
 
     fn open(&self, input: Arc<Input>) -> Result<Directory> {
         let mut memory_left = MEMORY_LIMIT;
         let mut tensors = Vec::new();
-        for member in zip::members(&input)? {
-            let tensor = open_member(&input, &member, &mut memory_left)
+        let archive = Archive::read(input)?;
+        for member in &archive.members {
+            let tensor = open_member(&archive, member, &mut memory_left)
                 .map_err(|error| error.on(&*member.name))?;
             tensors.push(tensor);
         }
@@ -93,7 +88,8 @@ impl Container for Npz {
     }
 }
 
-fn open_member(input: &Arc<Input>, member: &Member, memory_left: &mut u64) -> Result<Tensor> {
+fn open_member(archive: &Archive, member: &Member, memory_left: &mut u64) -> Result<Tensor> {
+    let input = archive.input();
     let Some(name) = member.name.strip_suffix(".npy") else {
         return Err(malformed("a member of the archive is not an array"));
     };
@@ -107,37 +103,31 @@ fn open_member(input: &Arc<Input>, member: &Member, memory_left: &mut u64) -> Re
         }));
     }
     if member.deflated {
-        spend(memory_left, member.size)?;
-        let bytes = zip::inflate(input, member, member.size)?;
+        let bytes = archive.bytes(member, memory_left)?;
         let header = Header::read(&bytes, member.size)?;
-        return header.tensor(name, input, member.offset, member.size, Some(&bytes));
+        return header.tensor(name, input, member.start, member.size, Some(&bytes));
     }
     let mut head = vec![0; member.size.min(HEADER_LIMIT + 12) as usize];
     // Most headers are short; a file of many small arrays is read once per array.
     head.truncate(4096);
-    input.read_at(&mut head, member.offset)?;
+    input.read_at(&mut head, member.start)?;
     if Header::end(&head).is_some_and(|end| end > head.len() as u64) {
         head.resize(member.size.min(HEADER_LIMIT + 12) as usize, 0);
-        input.read_at(&mut head, member.offset)?;
+        input.read_at(&mut head, member.start)?;
     }
     let header = Header::read(&head, member.size)?;
     if header.fortran {
-        spend(memory_left, member.size)?;
-        let mut bytes = vec![0; member.size as usize];
-        input.read_at(&mut bytes, member.offset)?;
-        return header.tensor(name, input, member.offset, member.size, Some(&bytes));
+        let bytes = archive.bytes(member, memory_left)?;
+        return header.tensor(name, input, member.start, member.size, Some(&bytes));
     }
-    header.tensor(name, input, member.offset, member.size, None)
+    header.tensor(name, input, member.start, member.size, None)
 }
 
 fn spend(left: &mut u64, bytes: u64) -> Result<()> {
     match left.checked_sub(bytes) {
         Some(rest) => *left = rest,
         None => {
-            return Err(Error::new(Reason::FileTooLarge {
-                bytes,
-                limit: MEMORY_LIMIT,
-            }));
+            return Err(Error::new(beyond_memory()));
         }
     }
     Ok(())

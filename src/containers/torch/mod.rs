@@ -7,23 +7,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::zip::{Archive, MEMORY_LIMIT, beyond_memory, first_name};
 use super::{Container, Directory};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 
 mod pickle;
 mod state;
-mod zip;
-
-pub(super) use zip::first_name;
 
 use pickle::{Object, Pickle, Value};
 use state::Bytes;
-use zip::Archive;
-
-/// Most bytes that are held in memory for what does not lie in the file as it is: members that are
-/// compressed, and tensors that are no single piece of their storage.
-const MEMORY_LIMIT: u64 = 128 << 20;
 
 /// Largest pickle.
 const PICKLE_LIMIT: u64 = 64 << 20;
@@ -33,13 +26,6 @@ const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
 
 /// Second pickle of an old file (`PROTOCOL_VERSION`).
 const PROTOCOL: i128 = 1001;
-
-fn beyond_memory() -> Reason {
-    Reason::TooMany {
-        what: "bytes that are compressed or lie scattered",
-        limit: MEMORY_LIMIT as usize,
-    }
-}
 
 /// A checkpoint since torch 1.6: a zip archive.
 pub(super) struct TorchZip;
