@@ -178,7 +178,6 @@ reasons! {
         ShardName { name: String } => "the index names the shard `{name}`, which is not a plain file name",
         ShardMissing { name: String } => "the index names the shard `{name}`, which is not there",
         NotInShard { shard: String } => "the index places it in `{shard}`, which does not hold it",
-        NotInIndex { shard: String } => "`{shard}` holds it, but the index does not name it",
         TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
         LinkOutside => "it is a link that leads out of the folder; what it leads to is not copied into a result",
         NoAdapterConfig => "there is no `adapter_config.json` beside the weights",
@@ -218,7 +217,6 @@ reasons! {
         BothLayouts => "both `model.safetensors` and an index are there, and they disagree",
         NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
-        PatternLookAround { pattern: String } => "the pattern `{pattern}` needs more steps than its limit allows",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
         GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
         MethodOnTarget { method: &'static str, what: &'static str } => "{method} on {what} is not supported",
@@ -292,6 +290,18 @@ impl Error {
             hint: None,
             source: None,
         }))
+    }
+
+    /// One error for several: the first of them, with all as its cases. Nothing if there are none.
+    ///
+    /// # Errors
+    /// That one.
+    pub fn of_all(mut problems: Vec<Error>) -> Result<()> {
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let cases = problems.iter().map(Error::to_string).collect();
+        Err(problems.swap_remove(0).with_cases(cases))
     }
 
     /// An error of the operating system.
@@ -377,6 +387,9 @@ impl Reason {
             }
             Reason::UnknownConfigField { .. } => {
                 "if you know that it does not matter, accept it with --allow-unknown-config NAME"
+            }
+            Reason::UnknownKeys { .. } => {
+                "nothing of an adapter is left out in silence; these keys belong to a method or a version that is not supported"
             }
             Reason::NoAdapterConfig => {
                 "PEFT writes the two files together; the config holds rank and alpha"

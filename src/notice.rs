@@ -60,10 +60,6 @@ pub enum NoticeKind {
     StrengthInterpolates,
     /// Tied embeddings had to be untied.
     Untied,
-    /// A part of the base was assumed.
-    Assumed,
-    /// A name was found under another spelling.
-    Renamed,
     /// Something of the adapter was left out because a flag allowed it.
     LeftOut,
     /// The adapter folder brings its own tokenizer.
@@ -80,7 +76,6 @@ impl NoticeKind {
             NoticeKind::StrengthIgnored
                 | NoticeKind::StrengthInterpolates
                 | NoticeKind::Untied
-                | NoticeKind::Renamed
                 | NoticeKind::OwnTokenizer
         )
     }

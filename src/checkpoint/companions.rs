@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::index::is_plain_file_name;
 use crate::error::{Error, Reason, Result};
-use crate::json::{Document, Value};
+use crate::json::Value;
 use crate::mapped::{Input, is_there};
 
 /// A file that is copied.
@@ -219,12 +219,4 @@ pub fn has_tokenizer(folder: &Path) -> bool {
     ]
     .iter()
     .any(|name| folder.join(name).exists())
-}
-
-/// The bytes of a small file.
-///
-/// # Errors
-/// As [`Input::read_all`].
-pub fn text_of(document: &Document) -> Result<Vec<u8>> {
-    document.input.read_all(64 << 20)
 }

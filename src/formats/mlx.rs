@@ -212,10 +212,7 @@ fn modules(found: &Found, settings: &Settings, method: &'static dyn Method) -> R
             Err(error) => problems.push(error),
         }
     }
-    if !problems.is_empty() {
-        let cases = problems.iter().map(Error::to_string).collect();
-        return Err(problems.swap_remove(0).with_cases(cases));
-    }
+    Error::of_all(problems)?;
     Ok(adapter)
 }
 

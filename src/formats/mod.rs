@@ -193,11 +193,6 @@ impl Found {
     }
 }
 
-/// Whether a folder holds an adapter rather than a checkpoint.
-pub fn is_adapter_folder(folder: &Path) -> bool {
-    folder.join(CONFIG).exists() || WEIGHTS.iter().any(|name| folder.join(name).exists())
-}
-
 /// The file of tensors in a folder.
 fn weights_in(folder: &Path) -> Result<PathBuf> {
     if let Some(name) = WEIGHTS.iter().find(|name| is_there(&folder.join(name))) {

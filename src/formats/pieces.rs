@@ -117,9 +117,7 @@ impl Pieces {
             let reason = Reason::UnknownKeys {
                 count: self.unknown.len(),
             };
-            return Err(Error::new(reason)
-                .with_cases(self.unknown)
-                .with_hint("nothing of an adapter is left out in silence; these keys belong to a method or a version that is not supported"));
+            return Err(Error::new(reason).with_cases(self.unknown));
         }
         let others = self.modules.iter().filter_map(|parts| {
             let method = parts.other?;
@@ -138,10 +136,7 @@ impl Pieces {
                 problems.push(error);
             }
         }
-        if !problems.is_empty() {
-            let cases = problems.iter().map(Error::to_string).collect();
-            return Err(problems.swap_remove(0).with_cases(cases));
-        }
+        Error::of_all(problems)?;
         self.adapter.facts = facts;
         self.adapter.notices.extend(oddities(found));
         for notice in &mut self.adapter.notices {

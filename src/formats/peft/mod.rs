@@ -137,9 +137,7 @@ impl<'a> Reader<'a> {
             let reason = Reason::UnknownKeys {
                 count: self.unknown.len(),
             };
-            return Err(Error::new(reason)
-                .with_cases(self.unknown)
-                .with_hint("nothing of an adapter is left out in silence; these keys belong to a method or a version that is not supported"));
+            return Err(Error::new(reason).with_cases(self.unknown));
         }
         if self.adapter_names.len() > 1 {
             let names: Vec<String> = self.adapter_names.into_iter().collect();
@@ -152,11 +150,7 @@ impl<'a> Reader<'a> {
                 Err(error) => self.problems.push(error),
             }
         }
-        if !self.problems.is_empty() {
-            let cases = self.problems.iter().map(Error::to_string).collect();
-            let first = self.problems.swap_remove(0);
-            return Err(first.with_cases(cases));
-        }
+        Error::of_all(std::mem::take(&mut self.problems))?;
         self.adapter.replication = self.settings.replication.clone();
         self.adapter.tied = self.settings.ensure_weight_tying;
         self.adapter.facts = facts(object);

@@ -301,11 +301,7 @@ impl<'a> Planner<'a> {
                 problems.push(error);
             }
         }
-        if problems.is_empty() {
-            return Ok(());
-        }
-        let cases = problems.iter().map(Error::to_string).collect();
-        Err(problems.swap_remove(0).with_cases(cases))
+        Error::of_all(problems)
     }
 
     fn module(
