@@ -6,7 +6,7 @@ use loratool::ops::inspect::inspect;
 use loratool::tensor::DType;
 use loratool::{Error, Kind, Reason};
 
-use crate::hostile_support::{Room, assert_printable, assert_reason, within_a_second};
+use crate::hostile_support::{Room, assert_printable, assert_reason, open_as, refused_as};
 use crate::support::{fixture, merge, options};
 
 fn text(text: &str) -> Vec<u8> {
@@ -41,19 +41,11 @@ fn gguf(keys: &[Vec<u8>], infos: &[Vec<u8>], data: usize) -> Vec<u8> {
 }
 
 fn open(bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
-    let room = Room::new();
-    let path = room.write("x.gguf", bytes);
-    within_a_second(move || TensorFile::open(path))
+    open_as("x.gguf", bytes)
 }
 
 fn refused(bytes: impl AsRef<[u8]>) -> Error {
-    let error = match open(bytes) {
-        Err(error) => error,
-        Ok(file) => panic!("accepted: {:?}", file.directory),
-    };
-    assert!(error.file().is_some(), "{error:?}");
-    assert_printable(&error);
-    error
+    refused_as("x.gguf", bytes)
 }
 
 #[test]

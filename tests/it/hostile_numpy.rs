@@ -5,7 +5,7 @@ use std::path::Path;
 use loratool::containers::TensorFile;
 use loratool::{Error, Kind, Reason};
 
-use crate::hostile_support::{Room, assert_printable, assert_reason, within_a_second};
+use crate::hostile_support::{Room, assert_printable, assert_reason, open_as, refused_as};
 use crate::support::fixture;
 
 /// An array of this header and data.
@@ -76,20 +76,11 @@ fn zip(entries: &[Entry]) -> Vec<u8> {
 }
 
 fn open(bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
-    let room = Room::new();
-    let path = room.write("x", bytes);
-    // The file stays open and mapped after its folder is gone.
-    within_a_second(move || TensorFile::open(path))
+    open_as("x", bytes)
 }
 
 fn refused(bytes: impl AsRef<[u8]>) -> Error {
-    let error = match open(bytes) {
-        Err(error) => error,
-        Ok(file) => panic!("accepted: {:?}", file.directory),
-    };
-    assert!(error.file().is_some(), "{error:?}");
-    assert_printable(&error);
-    error
+    refused_as("x", bytes)
 }
 
 #[test]

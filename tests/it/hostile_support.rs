@@ -5,6 +5,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use loratool::Error;
+use loratool::containers::TensorFile;
 
 /// Asserts the reason of an error by pattern, and that its exit code is one of the documented ones.
 macro_rules! assert_reason {
@@ -169,4 +170,23 @@ pub(crate) fn assert_clean(text: &str) {
             || matches!(character, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}' | '\u{ad}');
         assert!(!foul, "{character:?} in {text:?}");
     }
+}
+
+/// Opens bytes as a file of a name, within a second.
+pub(crate) fn open_as(name: &str, bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
+    let room = Room::new();
+    let path = room.write(name, bytes);
+    // The file stays open and mapped after its folder is gone.
+    within_a_second(move || TensorFile::open(path))
+}
+
+/// The error that opening bytes gives: it names the file, and is fit for a terminal.
+pub(crate) fn refused_as(name: &str, bytes: impl AsRef<[u8]>) -> Error {
+    let error = match open_as(name, bytes) {
+        Err(error) => error,
+        Ok(file) => panic!("accepted: {:?}", file.directory),
+    };
+    assert!(error.file().is_some(), "{error:?}");
+    assert_printable(&error);
+    error
 }
