@@ -218,7 +218,9 @@ reasons! {
         NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
+        HeadsUnknown { tensor: String } => "how its rows lie in `{tensor}` depends on the number of heads, which no configuration beside the base tells",
         GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
+        OutputsTogether { role: &'static str } => "its {role} follows from all outputs together, which the base keeps in several places",
         MethodOnTarget { method: &'static str, what: &'static str } => "{method} on {what} is not supported",
         ConvertType { dtype: String } => "tensors of type {dtype} cannot be converted",
     }

@@ -114,7 +114,12 @@ pub struct Tensor {
     /// The bytes themselves, where they do not lie in the file as they are (compressed or strided
     /// members of archives); otherwise `offset` says where they lie.
     pub memory: Option<Arc<[u8]>>,
+    /// What makes the bytes, where they follow from other tensors.
+    pub made: Option<Made>,
 }
+
+/// Makes the bytes of a tensor when they are asked for, so that no more than one need be in memory.
+pub type Made = Arc<dyn Fn() -> Result<Vec<u8>> + Send + Sync>;
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -128,6 +133,38 @@ impl fmt::Debug for Tensor {
 }
 
 impl Tensor {
+    /// A tensor that follows from this one: of its file and name, with bytes that `made` gives.
+    #[must_use]
+    pub fn derived(&self, dtype: DType, shape: Vec<usize>, made: Made) -> Self {
+        let elements: usize = shape.iter().product();
+        Tensor {
+            name: self.name.clone(),
+            dtype,
+            length: (elements * dtype.bitsize() / 8) as u64,
+            shape,
+            input: self.input.clone(),
+            offset: 0,
+            memory: None,
+            made: Some(made),
+        }
+    }
+
+    /// The tensor with its bytes at hand, for readers of many small pieces.
+    ///
+    /// # Errors
+    /// What making the bytes gives.
+    pub fn settled(&self) -> Result<Cow<'_, Self>> {
+        let Some(made) = &self.made else {
+            return Ok(Cow::Borrowed(self));
+        };
+        let memory = Some(Arc::from(made()?));
+        Ok(Cow::Owned(Tensor {
+            memory,
+            made: None,
+            ..self.clone()
+        }))
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
@@ -174,6 +211,12 @@ impl Tensor {
         if let Some(memory) = &self.memory {
             return Ok(Cow::Borrowed(&memory[start..start + length]));
         }
+        if let Some(made) = &self.made {
+            let mut bytes = made()?;
+            bytes.truncate(start + length);
+            bytes.drain(..start);
+            return Ok(Cow::Owned(bytes));
+        }
         let offset = self.offset + start as u64;
         if let Some(map) = self.input.map()
             && let Some(bytes) = map.get(offset as usize..offset as usize + length)
@@ -190,13 +233,11 @@ impl Tensor {
     /// # Errors
     /// Those of [`Input::read_at`].
     pub fn read(&self, start: usize, buffer: &mut [u8]) -> Result<()> {
-        match &self.memory {
-            Some(memory) => {
-                buffer.copy_from_slice(&memory[start..start + buffer.len()]);
-                Ok(())
-            }
-            None => self.input.read_at(buffer, self.offset + start as u64),
+        if self.memory.is_some() || self.made.is_some() {
+            buffer.copy_from_slice(&self.bytes_of(start, buffer.len())?);
+            return Ok(());
         }
+        self.input.read_at(buffer, self.offset + start as u64)
     }
 
     /// Whether two tensors hold equal values in equal shapes, whatever their types; compared piece by
@@ -216,11 +257,12 @@ impl Tensor {
     pub fn equals_in(&self, range: Range<usize>, other: &Tensor, start: usize) -> Result<bool> {
         const PIECE: usize = 1 << 16;
         let (ours, theirs) = (self.float()?, other.float()?);
+        let (this, other) = (self.settled()?, other.settled()?);
         let (mut a, mut b) = (Vec::new(), Vec::new());
         for first in range.clone().step_by(PIECE) {
             let count = PIECE.min(range.end - first);
             let at = start + first - range.start;
-            let left = self.bytes_of(first * ours.size(), count * ours.size())?;
+            let left = this.bytes_of(first * ours.size(), count * ours.size())?;
             let right = other.bytes_of(at * theirs.size(), count * theirs.size())?;
             if ours == theirs && left == right {
                 continue;

@@ -30,7 +30,7 @@ impl Factor {
         };
         let float = tensor.float()?;
         Ok(Factor {
-            tensor: tensor.clone(),
+            tensor: tensor.settled()?.into_owned(),
             float,
             stored: (rows, columns),
             transposed: false,

@@ -63,6 +63,19 @@ pub struct RoleUse {
     pub suffix: &'static str,
     /// Whether a module without it is broken.
     pub required: bool,
+    /// What its elements are numbered by.
+    pub along: Along,
+}
+
+/// What the elements of a parameter are numbered by, so that some outputs of a layer can be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Along {
+    /// Its first axis, or its only one, is that of the outputs.
+    Outputs,
+    /// It says the same of every output.
+    Others,
+    /// It follows from all outputs together: it means something else for some of them.
+    AllOutputs,
 }
 
 /// How a method combines with others on one tensor.

@@ -9,12 +9,13 @@ pub mod evaluate;
 pub mod factor;
 mod method;
 mod module;
+mod outputs;
 pub mod scan;
 
 pub use method::{
-    BiasUse, Extent, Geometry, Method, Order, Orientation, Part, RoleUse, Update, Workspace,
+    Along, BiasUse, Extent, Geometry, Method, Order, Orientation, Part, RoleUse, Update, Workspace,
 };
-pub use module::{Layer, Module, Role, Scale, Spelling, Stored};
+pub use module::{Layer, Module, Role, Scale, Stored};
 
 /// An adapter as its format describes it. Nothing in the file is left out: a tensor is a parameter of
 /// a module, a replacement, a set of token rows, or listed among the unused.

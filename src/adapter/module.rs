@@ -3,6 +3,7 @@
 use super::factor::Factor;
 use super::method::Method;
 use crate::error::{Error, Reason, Result};
+use crate::naming::Spelling;
 use crate::tensor::Tensor;
 
 /// What a tensor is to its method. Each method defines its own, in its file.
@@ -28,18 +29,6 @@ pub enum Layer {
     Dense,
     /// An embedding, whose weight is stored input first.
     Embedding,
-}
-
-/// How the path of a module is spelled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Spelling {
-    /// Dotted, in the model that was trained.
-    #[default]
-    Dotted,
-    /// Dotted, perhaps behind the name of a part of a pipeline: `unet.down_blocks.0…`.
-    InComponent,
-    /// Every dot written as `_`, behind a prefix that names the part: `lora_unet_down_blocks_0…`.
-    Flattened,
 }
 
 /// How the factors of a module lie in its file.

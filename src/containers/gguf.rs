@@ -425,6 +425,7 @@ fn place(
             offset: start + info.offset,
             length,
             memory: None,
+            made: None,
         });
     }
     // Most writers pad the last tensor as well.

@@ -282,6 +282,7 @@ fn place(
             offset: data_start + start,
             length: end - start,
             memory: None,
+            made: None,
         });
     }
     if end_of_last < data {

@@ -9,12 +9,12 @@ use super::peft::Told as Configuration;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{CONFIG_VALUES, Format, Found, ReadOptions, Summary};
-use crate::adapter::{Adapter, Spelling};
+use crate::adapter::Adapter;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, parse_object};
 use crate::methods::{dora, lora};
-use crate::naming::COMPONENTS;
 use crate::naming::path::without_wrappers;
+use crate::naming::{Spelling, component};
 
 /// One of the spellings; every one is read by the same rules.
 pub(super) struct Diffusers {
@@ -49,7 +49,7 @@ pub(super) static NEW: Diffusers = Diffusers {
         found.metadata(METADATA).is_some()
             || found.names().any(|name| {
                 let starts = |prefix: &&str| name.starts_with(*prefix);
-                (COMPONENTS.iter().any(starts) || BARE.iter().any(starts))
+                (of_part(name).is_some() || BARE.iter().any(starts))
                     && (name.contains(".lora_A.") || name.contains(".lora_down."))
             })
     },
@@ -117,7 +117,7 @@ impl Format for Diffusers {
         }
         pieces.finish(found, facts("diffusers", self.summary(found)), |path| {
             let (component, rest) = apart(path);
-            let own = configurations.iter().find(|(name, _)| *name == component);
+            let own = configurations.iter().find(|(name, _)| name == component);
             // A file of one part may leave its name out on either side.
             let own = own.or(configurations.iter().find(|(name, _)| name.is_empty()));
             match own {
@@ -141,9 +141,24 @@ impl Format for Diffusers {
 
 /// The name of the part, perhaps none, and the path in it.
 fn apart(path: &str) -> (&str, &str) {
-    let component = COMPONENTS.iter().find(|name| path.starts_with(**name));
-    path.split_at(component.map_or(0, |name| name.len()))
+    path.split_at(of_part(path).map_or(0, str::len))
 }
+
+/// The name of a part of a pipeline, with its dot, in front of a path.
+fn of_part(path: &str) -> Option<&str> {
+    let prefix = component::split(path, false).prefix;
+    PARTS.contains(&prefix).then_some(prefix)
+}
+
+/// The names that diffusers gives to parts that have adapters.
+const PARTS: &[&str] = &[
+    "unet.",
+    "transformer.",
+    "prior.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+];
 
 /// The module and the piece of it that a key names.
 fn parse(name: &str) -> Option<(String, Piece)> {
@@ -178,25 +193,21 @@ fn of_processor(path: &str) -> String {
 }
 
 /// The configurations in the metadata by the part that they are for.
-fn configurations(
-    found: &Found,
-    options: &ReadOptions,
-) -> Result<Vec<(&'static str, Configuration)>> {
+fn configurations(found: &Found, options: &ReadOptions) -> Result<Vec<(String, Configuration)>> {
     let Some(text) = found.metadata(METADATA) else {
         return Ok(Vec::new());
     };
     let all = parse_object(text.as_bytes(), CONFIG_VALUES)?;
-    let mut parts: Vec<(&'static str, Object)> = Vec::new();
+    let mut parts: Vec<(String, Object)> = Vec::new();
     for (key, value) in all.0 {
-        let component = COMPONENTS.iter().find(|name| key.starts_with(**name));
-        let component = component.copied().unwrap_or("");
-        let entry = (key[component.len()..].to_owned(), value);
-        match parts.iter_mut().find(|(name, _)| *name == component) {
+        let (component, field) = apart(&key);
+        let entry = (field.to_owned(), value);
+        match parts.iter_mut().find(|(name, _)| name == component) {
             Some((_, object)) => object.0.push(entry),
-            None => parts.push((component, Object(vec![entry]))),
+            None => parts.push((component.to_owned(), Object(vec![entry]))),
         }
     }
-    let read = |(component, object): (&'static str, Object)| {
+    let read = |(component, object): (String, Object)| {
         let configuration = Configuration::read(&object, &options.allow_unknown_config);
         let configuration = configuration.map_err(|e: Error| match e.item() {
             Some(_) => e,

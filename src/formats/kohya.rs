@@ -7,26 +7,13 @@
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary};
-use crate::adapter::{Adapter, Spelling};
+use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::methods::{full, lora};
+use crate::naming::{Spelling, component};
 
 /// The format.
 pub(super) struct Kohya;
-
-/// What names of modules start with.
-const PREFIXES: &[&str] = &[
-    "lora_unet_",
-    "lora_te_",
-    "lora_te1_",
-    "lora_te2_",
-    "lora_te3_",
-    "lora_transformer_",
-    "lora_prior_unet_",
-    "lora_prior_te_",
-    "lycoris_",
-    "oft_unet_",
-];
 
 /// What follows the module, in full.
 const SUFFIXES: &[(&str, Piece)] = &[
@@ -90,7 +77,7 @@ impl Format for Kohya {
 }
 
 fn is_prefixed(name: &str) -> bool {
-    PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    component::split(name, true).component.is_some()
 }
 
 fn parse(name: &str) -> Option<(&str, Piece)> {

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use super::{Found, Summary};
-use crate::adapter::{Adapter, Facts, Layer, Method, Module, Role, Scale, Spelling};
+use crate::adapter::{Adapter, Facts, Layer, Method, Module, Role, Scale};
 use crate::error::{Error, Reason, Result};
 use crate::methods::{dora, full, lora};
+use crate::naming::Spelling;
 use crate::notice::{Notice, NoticeKind};
 use crate::printable::acts_on_a_terminal;
 use crate::tensor::{DType, Float, Tensor, widen};

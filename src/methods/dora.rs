@@ -20,8 +20,8 @@ use super::lora::{
 };
 use crate::adapter::factor::Product;
 use crate::adapter::{
-    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
-    Workspace,
+    Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
+    Update, Workspace,
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
@@ -52,26 +52,31 @@ impl Method for Dora {
                 role: DOWN,
                 suffix: "lora_down.weight",
                 required: true,
+                along: Along::Others,
             },
             RoleUse {
                 role: UP,
                 suffix: "lora_up.weight",
                 required: true,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: MAGNITUDE,
                 suffix: MAGNITUDE_SUFFIX,
                 required: false,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: INPUT_MAGNITUDE,
                 suffix: MAGNITUDE_SUFFIX,
                 required: false,
+                along: Along::AllOutputs,
             },
             RoleUse {
                 role: MID,
                 suffix: "lora_mid.weight",
                 required: false,
+                along: Along::Others,
             },
         ]
     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::adapter::factor::Factor;
 use crate::adapter::{
-    BiasUse, Extent, Geometry, Method, Module, Order, Part, Role, RoleUse, Update, Workspace,
+    Along, BiasUse, Extent, Geometry, Method, Module, Order, Part, Role, RoleUse, Update, Workspace,
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
@@ -36,11 +36,13 @@ impl Method for Full {
                 role: DIFFERENCE,
                 suffix: "diff",
                 required: false,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: BIAS_DIFFERENCE,
                 suffix: "diff_b",
                 required: false,
+                along: Along::Outputs,
             },
         ]
     }

@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use super::dora::interpolate;
 use crate::adapter::{
-    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Role, RoleUse, Update, Workspace,
+    Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Role, RoleUse, Update,
+    Workspace,
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
@@ -37,11 +38,13 @@ impl Method for Ia3 {
                 role: OUTPUT_SCALE,
                 suffix: "ia3_l",
                 required: false,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: INPUT_SCALE,
                 suffix: "ia3_l",
                 required: false,
+                along: Along::Others,
             },
         ]
     }

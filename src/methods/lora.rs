@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use crate::adapter::factor::{Factor, Product};
 use crate::adapter::{
-    BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse, Update,
-    Workspace,
+    Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
+    Update, Workspace,
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
@@ -51,21 +51,25 @@ impl Method for Lora {
                 role: DOWN,
                 suffix: "lora_down.weight",
                 required: true,
+                along: Along::Others,
             },
             RoleUse {
                 role: UP,
                 suffix: "lora_up.weight",
                 required: true,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: BIAS,
                 suffix: "lora_up.bias",
                 required: false,
+                along: Along::Outputs,
             },
             RoleUse {
                 role: MID,
                 suffix: "lora_mid.weight",
                 required: false,
+                along: Along::Others,
             },
         ]
     }
@@ -179,30 +183,26 @@ fn check_core(module: &Module, down: &Tensor, mid: &Tensor, up: &Tensor) -> Resu
 }
 
 /// `C[p, (i,k)] = Σ_q M[p,q,k] · A[q,i]`, each a chain of fused multiply-adds in the order of q.
-fn folded(down: &Tensor, mid: &Tensor) -> Result<Tensor> {
+fn folded(down: &Tensor, mid: &Tensor) -> Tensor {
     let (outer, inner, inputs) = (mid.dimension(0), mid.dimension(1), down.dimension(1));
     let kernel: usize = mid.shape[2..].iter().product();
-    let (core, factor) = (mid.to_f64()?, down.to_f64()?);
-    let mut bytes = Vec::with_capacity(outer * inputs * kernel * 8);
-    for p in 0..outer {
-        for i in 0..inputs {
-            for k in 0..kernel {
-                let chain = (0..inner).fold(0.0, |acc, q| {
-                    core[(p * inner + q) * kernel + k].mul_add(factor[q * inputs + i], acc)
-                });
-                bytes.extend_from_slice(&f64::to_le_bytes(chain));
+    let (core, factor) = (mid.clone(), down.clone());
+    let made = move || {
+        let (core, factor) = (core.to_f64()?, factor.to_f64()?);
+        let mut bytes = Vec::with_capacity(outer * inputs * kernel * 8);
+        for p in 0..outer {
+            for i in 0..inputs {
+                for k in 0..kernel {
+                    let chain = (0..inner).fold(0.0, |acc, q| {
+                        core[(p * inner + q) * kernel + k].mul_add(factor[q * inputs + i], acc)
+                    });
+                    bytes.extend_from_slice(&f64::to_le_bytes(chain));
+                }
             }
         }
-    }
-    Ok(Tensor {
-        name: down.name.clone(),
-        dtype: DType::F64,
-        shape: vec![outer, inputs * kernel],
-        input: down.input.clone(),
-        offset: 0,
-        length: bytes.len() as u64,
-        memory: Some(Arc::from(bytes)),
-    })
+        Ok(bytes)
+    };
+    down.derived(DType::F64, vec![outer, inputs * kernel], Arc::new(made))
 }
 
 pub(super) fn rank_of_factors(module: &Module) -> Option<usize> {
@@ -237,7 +237,7 @@ pub(super) fn extent_of_factors(module: &Module) -> Extent {
 pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
     let (down, up) = (module.factor(DOWN)?, module.factor(UP)?);
     let down = match module.get(MID) {
-        Some(mid) => Factor::new(&folded(module.require(DOWN)?, mid)?, mid.dimension(0))?,
+        Some(mid) => Factor::new(&folded(module.require(DOWN)?, mid), mid.dimension(0))?,
         None => down,
     };
     match orientation {

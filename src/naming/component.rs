@@ -1,54 +1,160 @@
-//! Names of adapters for pipelines: which part a prefix names, and paths whose dots became underscores.
+//! Parts of a pipeline: how adapters name them in front of a path, and where bases keep them.
 //!
-//! Flattening cannot be undone (`to_q` and `proj_in` have underscores of their own), so the names of the
-//! base are flattened instead and looked up. Sources: `kohya-ss/sd-scripts`, `networks/lora.py` (prefixes);
-//! `huggingface/diffusers`, `loaders/` (components); the layout of the single files of Stable Diffusion.
+//! Sources: `kohya-ss/sd-scripts`, `networks/lora.py`, and `Nerogar/OneTrainer`,
+//! `modules/util/convert_lora_util.py` (prefixes); `huggingface/diffusers`, `loaders/` (components);
+//! `comfyanonymous/ComfyUI`, `comfy/lora.py`; the layouts of the single files of Stable Diffusion.
 
 use std::collections::{BTreeSet, HashMap};
 
-/// Prefixes of flattened names, and what stands before the module's own path in a base: nothing where
-/// the base is that part alone, or its place in a single file.
-const PREFIXES: &[(&str, &[&str])] = &[
-    ("lora_unet_", DENOISER),
-    ("lora_transformer_", DENOISER),
-    ("lora_prior_unet_", DENOISER),
-    ("lycoris_", DENOISER),
-    ("lora_te_", &["", "cond_stage_model.transformer."]),
-    ("lora_te1_", &["", "conditioner.embedders.0.transformer."]),
-    ("lora_te2_", &[""]),
-    ("lora_te3_", &[""]),
-    ("lora_prior_te_", &[""]),
-];
+/// A part of a pipeline.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Component {
+    /// How reports call it.
+    pub name: &'static str,
+    /// What stands before a dotted path.
+    pub dotted: &'static [&'static str],
+    /// What stands before a flattened path.
+    pub flattened: &'static [&'static str],
+    /// What may stand before its paths in a base: nothing where the base is that part alone.
+    pub roots: &'static [&'static str],
+    /// Whether it is a text encoder.
+    pub is_text: bool,
+}
 
-const DENOISER: &[&str] = &["", "model.diffusion_model."];
-
-/// Names of parts of a pipeline before a dotted path.
-pub const COMPONENTS: &[&str] = &[
-    "unet.",
-    "transformer.",
-    "prior.",
-    "text_encoder.",
-    "text_encoder_2.",
-    "text_encoder_3.",
+/// Every part. Which encoder is the second or the third differs between pipelines, so the roots of the
+/// two overlap; the paths of CLIP and T5 have nothing in common.
+pub static COMPONENTS: &[Component] = &[
+    Component {
+        name: "denoiser",
+        dotted: &["unet.", "transformer.", "prior.", "diffusion_model."],
+        flattened: &[
+            "lora_unet_",
+            "lora_transformer_",
+            "lora_prior_unet_",
+            "lycoris_",
+            "oft_unet_",
+        ],
+        roots: &[
+            "",
+            "unet.",
+            "transformer.",
+            "prior.",
+            "model.diffusion_model.",
+            "diffusion_model.",
+        ],
+        is_text: false,
+    },
+    Component {
+        name: "first text encoder",
+        dotted: &[
+            "text_encoder.",
+            "clip_l.",
+            "text_encoders.clip_l.transformer.",
+        ],
+        flattened: &["lora_te_", "lora_te1_", "lora_prior_te_"],
+        roots: &[
+            "",
+            "text_encoder.",
+            "cond_stage_model.transformer.",
+            "cond_stage_model.model.",
+            "conditioner.embedders.0.transformer.",
+            "text_encoders.clip_l.transformer.",
+        ],
+        is_text: true,
+    },
+    Component {
+        name: "second text encoder",
+        dotted: &[
+            "text_encoder_2.",
+            "clip_g.",
+            "text_encoders.clip_g.transformer.",
+        ],
+        flattened: &["lora_te2_"],
+        roots: &[
+            "",
+            "text_encoder_2.",
+            "conditioner.embedders.1.model.",
+            "conditioner.embedders.0.model.",
+            "text_encoders.clip_g.transformer.",
+            "text_encoders.t5xxl.transformer.",
+        ],
+        is_text: true,
+    },
+    Component {
+        name: "third text encoder",
+        dotted: &["text_encoder_3.", "t5.", "text_encoders.t5xxl.transformer."],
+        flattened: &["lora_te3_"],
+        roots: &[
+            "",
+            "text_encoder_3.",
+            "text_encoder_2.",
+            "text_encoders.t5xxl.transformer.",
+        ],
+        is_text: true,
+    },
 ];
 
 /// CLIP text encoders have it or not: transformers 5 writes `CLIPTextModel` without.
 const OPTIONAL: &str = "text_model.";
 
-/// The paths that a module may have in a base that is the part it names.
-pub(super) fn spellings(path: &str) -> impl Iterator<Item = String> {
-    let component = COMPONENTS
-        .iter()
-        .find(|component| path.starts_with(**component));
-    let rest = component.map(|component| &path[component.len()..]);
-    let text = component.is_some_and(|component| component.starts_with("text_encoder"));
-    let other = rest
-        .filter(|_| text)
-        .map(|rest| match rest.strip_prefix(OPTIONAL) {
-            Some(bare) => bare.to_owned(),
-            None => format!("{OPTIONAL}{rest}"),
+/// A path without the name of its part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InPart<'a> {
+    /// The part, where the path names one.
+    pub component: Option<&'static Component>,
+    /// What stood before the path.
+    pub prefix: &'a str,
+    /// The path within the part.
+    pub path: &'a str,
+}
+
+/// Takes the name of the part off a path.
+pub fn split(path: &str, flattened: bool) -> InPart<'_> {
+    let prefixes = |component: &'static Component| match flattened {
+        true => component.flattened,
+        false => component.dotted,
+    };
+    let found = COMPONENTS.iter().find_map(|component| {
+        let fits = |prefix: &&&str| path.len() > prefix.len() && path.starts_with(**prefix);
+        let prefix = prefixes(component)
+            .iter()
+            .filter(fits)
+            .max_by_key(|p| p.len())?;
+        Some((component, prefix.len()))
+    });
+    let (prefix, rest) = path.split_at(found.map_or(0, |(_, length)| length));
+    InPart {
+        component: found.map(|(component, _)| component),
+        prefix,
+        path: rest,
+    }
+}
+
+impl<'a> InPart<'a> {
+    /// The path, and its other spelling in a text encoder.
+    pub(super) fn spellings(self, flattened: bool) -> Vec<String> {
+        let mut all = vec![self.path.to_owned()];
+        if self.component.is_none_or(|component| component.is_text) {
+            let optional = match flattened {
+                true => flat(OPTIONAL),
+                false => OPTIONAL.to_owned(),
+            };
+            all.push(match self.path.strip_prefix(&optional) {
+                Some(bare) => bare.to_owned(),
+                None => format!("{optional}{}", self.path),
+            });
+        }
+        all
+    }
+
+    /// Where a base may keep the part.
+    pub(super) fn roots(self) -> BTreeSet<&'static str> {
+        let all = COMPONENTS.iter().filter(|component| match self.component {
+            Some(own) => *component == own,
+            None => true,
         });
-    rest.map(str::to_owned).into_iter().chain(other)
+        all.flat_map(|component| component.roots).copied().collect()
+    }
 }
 
 /// The modules of a base by their flattened names.
@@ -69,31 +175,18 @@ impl Flattened {
         Flattened { names: flattened }
     }
 
-    /// Every weight that a flattened path can mean.
-    pub(super) fn find(&self, path: &str) -> BTreeSet<&str> {
+    /// Every weight that a flattened path can mean; one without a prefix means none.
+    pub(super) fn find(&self, path: InPart<'_>) -> BTreeSet<&str> {
         let mut found = BTreeSet::new();
-        for (prefix, roots) in PREFIXES {
-            let Some(rest) = path.strip_prefix(prefix).filter(|rest| !rest.is_empty()) else {
-                continue;
-            };
-            let mut spellings = vec![rest.to_owned()];
-            if prefix.contains("_te") {
-                let optional = flat(OPTIONAL);
-                spellings.push(match rest.strip_prefix(&optional) {
-                    Some(bare) => bare.to_owned(),
-                    None => format!("{optional}{rest}"),
-                });
-            }
-            for root in *roots {
-                for rest in &spellings {
-                    let names = self.names.get(&(flat(root) + rest)).into_iter().flatten();
-                    // A dot of the root is a dot of the name.
-                    found.extend(
-                        names
-                            .map(String::as_str)
-                            .filter(|name| name.starts_with(root)),
-                    );
-                }
+        if path.component.is_none() {
+            return found;
+        }
+        for root in path.roots() {
+            for rest in path.spellings(true) {
+                let names = self.names.get(&(flat(root) + &rest)).into_iter().flatten();
+                // A dot of the root is a dot of the name.
+                let names = names.map(String::as_str);
+                found.extend(names.filter(|name| name.starts_with(root)));
             }
         }
         found
@@ -106,13 +199,10 @@ fn flat(path: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Place, Resolution, Resolver, Rows};
+    use super::super::{Place, Resolution, Resolver, Spelling};
 
     fn exact(tensor: &str) -> Resolution {
-        Resolution::Exact(Place {
-            tensor: tensor.into(),
-            rows: Rows::All,
-        })
+        Resolution::Exact(vec![Place::whole(tensor)])
     }
 
     #[test]
@@ -121,16 +211,17 @@ mod tests {
             "down_blocks.0.attentions.0.proj_in.weight",
             "down_blocks.0.attentions.0.proj_in.bias",
         ]);
-        let found = base.resolve_flattened("lora_unet_down_blocks_0_attentions_0_proj_in");
+        let find = |path: &str| base.resolve(path, Spelling::Flattened);
+        let found = find("lora_unet_down_blocks_0_attentions_0_proj_in");
         assert_eq!(found, exact("down_blocks.0.attentions.0.proj_in.weight"));
-        let found = base.resolve_flattened("lycoris_down_blocks_0_attentions_0_proj_in");
+        let found = find("lycoris_down_blocks_0_attentions_0_proj_in");
         assert_eq!(found, exact("down_blocks.0.attentions.0.proj_in.weight"));
         for path in [
             "lora_te_down_blocks_0_attentions_0_proj_out",
             "down_blocks_0_attentions_0_proj_in",
             "lora_unet_",
         ] {
-            assert_eq!(base.resolve_flattened(path), Resolution::Unresolved);
+            assert_eq!(find(path), Resolution::Unresolved);
         }
     }
 
@@ -138,7 +229,7 @@ mod tests {
     fn two_names_that_flatten_alike_are_ambiguous() {
         let base = Resolver::new(["blocks.1.0.q.weight", "blocks.1_0.q.weight"]);
         assert_eq!(
-            base.resolve_flattened("lora_unet_blocks_1_0_q"),
+            base.resolve("lora_unet_blocks_1_0_q", Spelling::Flattened),
             Resolution::Ambiguous(vec![
                 "blocks.1.0.q.weight".into(),
                 "blocks.1_0.q.weight".into()
@@ -153,18 +244,18 @@ mod tests {
             "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
         );
         let base = Resolver::new([unet, text]);
-        let find = |path: &str| base.resolve_flattened(path);
+        let find = |path: &str| base.resolve(path, Spelling::Flattened);
         assert_eq!(find("lora_unet_input_blocks_1_1_proj_in"), exact(unet));
         let path = "text_model_encoder_layers_0_mlp_fc1";
         assert_eq!(find(&format!("lora_te_{path}")), exact(text));
-        assert_eq!(find(&format!("lora_te1_{path}")), Resolution::Unresolved);
+        assert_eq!(find(&format!("lora_te3_{path}")), Resolution::Unresolved);
         assert_eq!(find(&format!("lora_unet_{path}")), Resolution::Unresolved);
     }
 
     #[test]
     fn the_name_of_the_part_is_taken_off_a_dotted_path() {
         let base = Resolver::new(["transformer_blocks.0.q.weight", "encoder.layers.0.q.weight"]);
-        let find = |path: &str| base.resolve_in_component(path);
+        let find = |path: &str| base.resolve(path, Spelling::InComponent);
         for path in [
             "transformer.transformer_blocks.0.q",
             "transformer_blocks.0.q",

@@ -10,41 +10,53 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::OnceLock;
 
-use super::component::{self, Flattened};
+use super::component::{self, Flattened, InPart};
+use super::families::{self, Match, Side};
 use super::path::leaf;
+use super::rows::Rows;
 
-/// Where a module lands.
+/// How the path of a module is spelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Spelling {
+    /// Dotted, in the model that was trained.
+    #[default]
+    Dotted,
+    /// Dotted, perhaps behind the name of a part of a pipeline: `unet.down_blocks.0…`.
+    InComponent,
+    /// Every dot written as `_`, behind a prefix that names the part: `lora_unet_down_blocks_0…`.
+    Flattened,
+}
+
+/// Where a module, or some of its rows, lands.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// Name of the tensor in the base.
     pub tensor: String,
-    /// The part of its rows.
+    /// How the rows of one lie in the other.
     pub rows: Rows,
+    /// Whether the part is one of the module, and the tensor is covered whole; otherwise the module is
+    /// used whole on a part of the tensor.
+    pub of_module: bool,
 }
 
-/// A part of the rows of a tensor, seen as (all axes but the last) × (last axis).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Rows {
-    /// All of them.
-    All,
-    /// One expert of a stack [experts, rows, columns], and one of `of` equal parts of its rows.
-    Expert {
-        /// The expert.
-        expert: usize,
-        /// Which part.
-        part: usize,
-        /// How many parts.
-        of: usize,
-    },
+impl Place {
+    /// A module on all of a tensor.
+    pub fn whole(tensor: impl Into<String>) -> Self {
+        Place {
+            tensor: tensor.into(),
+            rows: Rows::Whole,
+            of_module: false,
+        }
+    }
 }
 
 /// The answer for one module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resolution {
-    /// The base has it under the very name.
-    Exact(Place),
+    /// The base has it under the very name; several places where it is fused and the base's layers are not.
+    Exact(Vec<Place>),
     /// The base has it under another spelling.
-    Renamed(Place),
+    Renamed(Vec<Place>),
     /// Several names fit.
     Ambiguous(Vec<String>),
     /// None does.
@@ -130,58 +142,137 @@ impl Resolver {
         }
     }
 
-    /// Finds a parameter (`weight` or `bias`) of a module.
-    pub fn resolve(&self, path: &str, parameter: &str) -> Resolution {
+    /// Finds the weight of a module.
+    pub fn resolve(&self, path: &str, spelling: Spelling) -> Resolution {
+        let parts = component::split(path, spelling == Spelling::Flattened);
+        let found = match spelling {
+            Spelling::Dotted => return self.resolve_dotted(path),
+            Spelling::InComponent => self.in_part(path, parts),
+            Spelling::Flattened => {
+                let flattened = self.flattened.get_or_init(|| Flattened::new(&self.names));
+                one_of(
+                    flattened
+                        .find(parts)
+                        .into_iter()
+                        .map(Place::whole)
+                        .collect(),
+                )
+            }
+        };
+        match found {
+            Resolution::Unresolved => self.in_families(parts, spelling == Spelling::Flattened),
+            found => found,
+        }
+    }
+
+    /// Finds a parameter (`weight` or `bias`) of a module whose path is that of the model.
+    pub fn resolve_parameter(&self, path: &str, parameter: &str) -> Resolution {
         if let Some(place) = self.named(path, parameter) {
-            return Resolution::Exact(place);
+            return Resolution::Exact(vec![place]);
         }
         let mut found = BTreeSet::new();
         for path in spellings(path) {
             found.extend(self.named(&path, parameter));
         }
-        match found.len() {
-            0 => Resolution::Unresolved,
-            1 => Resolution::Renamed(found.pop_first().expect("one place")),
-            _ => Resolution::Ambiguous(found.into_iter().map(|place| place.tensor).collect()),
+        match one_of(found) {
+            Resolution::Exact(places) => Resolution::Renamed(places),
+            other => other,
         }
     }
 
-    /// Finds the weight of a module whose path may start with the name of a part of a pipeline.
-    pub fn resolve_in_component(&self, path: &str) -> Resolution {
+    fn resolve_dotted(&self, path: &str) -> Resolution {
+        match self.resolve_parameter(path, "weight") {
+            Resolution::Unresolved => {}
+            found => return found,
+        }
+        // The families know one prefix of each model.
+        let mut paths = spellings(path);
+        paths.insert(path.to_owned());
+        let mut found = BTreeSet::new();
+        for path in &paths {
+            self.families_of(component::split(path, false), false, &mut found);
+            self.families_of(
+                InPart {
+                    component: None,
+                    prefix: "",
+                    path,
+                },
+                false,
+                &mut found,
+            );
+        }
+        one_list(found)
+    }
+
+    fn in_part(&self, path: &str, parts: InPart<'_>) -> Resolution {
         if let Some(place) = self.named(path, "weight") {
-            return Resolution::Exact(place);
+            return Resolution::Exact(vec![place]);
         }
-        let spellings = component::spellings(path);
-        one_of(
-            spellings
-                .filter_map(|path| self.named(&path, "weight"))
-                .collect(),
-        )
+        let mut found = BTreeSet::new();
+        for root in parts.roots() {
+            for path in parts.spellings(false) {
+                found.extend(self.named(&format!("{root}{path}"), "weight"));
+            }
+        }
+        one_of(found)
     }
 
-    /// Finds the weight of a module whose path is flattened, dots and underscores alike, by flattening
-    /// the names of the base.
-    pub fn resolve_flattened(&self, path: &str) -> Resolution {
-        let flattened = self.flattened.get_or_init(|| Flattened::new(&self.names));
-        let place = |tensor: &str| Place {
-            tensor: tensor.to_owned(),
-            rows: Rows::All,
+    fn in_families(&self, parts: InPart<'_>, flattened: bool) -> Resolution {
+        let mut found = BTreeSet::new();
+        if parts.component.is_some() || !flattened {
+            self.families_of(parts, flattened, &mut found);
+        }
+        one_list(found)
+    }
+
+    /// Every way in which a family places a module.
+    fn families_of(&self, parts: InPart<'_>, flattened: bool, found: &mut BTreeSet<Vec<Place>>) {
+        let matches = parts
+            .spellings(flattened)
+            .into_iter()
+            .flat_map(|path| families::find(&path, flattened));
+        for matched in matches {
+            for root in parts.roots() {
+                found.extend(self.by_family(root, &matched));
+            }
+        }
+    }
+
+    /// The places of a module that a family knows, under one root: its other name, or, where it is
+    /// named so itself, the layers of the hub that it is made of.
+    fn by_family(&self, root: &str, matched: &Match) -> Option<Vec<Place>> {
+        let find = |name: &str, rows, of_module| {
+            let named = self.named(&format!("{root}{name}"), "weight")?;
+            (named.rows == Rows::Whole).then_some(Place {
+                tensor: named.tensor,
+                rows,
+                of_module,
+            })
         };
-        one_of(flattened.find(path).into_iter().map(place).collect())
+        match matched.side {
+            Side::Hub => find(&matched.name(Side::Other), matched.row.rows, false).map(|p| vec![p]),
+            Side::Other => {
+                let all = matched.siblings();
+                let places = all
+                    .iter()
+                    .map(|m| find(&m.name(Side::Hub), m.row.rows, true));
+                places.collect()
+            }
+        }
     }
 
     /// The tensor of a module under exactly this path.
     fn named(&self, path: &str, parameter: &str) -> Option<Place> {
-        let whole = |tensor: String| {
-            self.names.contains(&tensor).then_some(Place {
-                tensor,
-                rows: Rows::All,
-            })
-        };
+        let whole = |tensor: String| self.names.contains(&tensor).then(|| Place::whole(tensor));
         whole(join(path, parameter))
             // nn.MultiheadAttention keeps the three input projections in one parameter of its own.
             .or_else(|| whole(join(path, &format!("in_proj_{parameter}"))))
             .or_else(|| self.expert(path, parameter))
+            // OpenCLIP's `text_projection` is a parameter of the model.
+            .or_else(|| {
+                whole(path.to_owned())
+                    .filter(|_| parameter == "weight" && leaf(path) == "text_projection")
+            })
     }
 
     /// `….experts.3.w1` of transformers 4 in the fused `….experts.gate_up_proj` of transformers 5.
@@ -199,9 +290,11 @@ impl Resolver {
             part: *part,
             of: *of,
         };
-        self.names
-            .contains(&tensor)
-            .then_some(Place { tensor, rows })
+        self.names.contains(&tensor).then_some(Place {
+            tensor,
+            rows,
+            of_module: false,
+        })
     }
 
     /// The names that end most like a path, for a message.
@@ -222,12 +315,24 @@ impl Resolver {
     }
 }
 
-/// The answer to names that are no guesses: one is exact, more are too many.
-fn one_of(mut found: BTreeSet<Place>) -> Resolution {
+/// The answer to places of which each would do alone: one is exact, more are too many.
+fn one_of(found: BTreeSet<Place>) -> Resolution {
+    one_list(found.into_iter().map(|place| vec![place]).collect())
+}
+
+fn one_list(mut found: BTreeSet<Vec<Place>>) -> Resolution {
     match found.len() {
         0 => Resolution::Unresolved,
-        1 => Resolution::Exact(found.pop_first().expect("one place")),
-        _ => Resolution::Ambiguous(found.into_iter().map(|place| place.tensor).collect()),
+        1 => Resolution::Exact(found.pop_first().expect("one list")),
+        _ => {
+            let mut names: Vec<String> = found
+                .into_iter()
+                .flatten()
+                .map(|place| place.tensor)
+                .collect();
+            names.dedup();
+            Resolution::Ambiguous(names)
+        }
     }
 }
 
@@ -301,18 +406,15 @@ fn join(path: &str, parameter: &str) -> String {
 mod tests {
     use super::*;
 
-    fn place(tensor: &str) -> Place {
-        Place {
-            tensor: tensor.into(),
-            rows: Rows::All,
-        }
+    fn place(tensor: &str) -> Vec<Place> {
+        vec![Place::whole(tensor)]
     }
 
     #[test]
     fn the_exact_name_wins_over_any_spelling() {
         let base = Resolver::new(["model.q.weight", "q.weight"]);
         assert_eq!(
-            base.resolve("q", "weight"),
+            base.resolve_parameter("q", "weight"),
             Resolution::Exact(place("q.weight"))
         );
     }
@@ -320,15 +422,15 @@ mod tests {
     #[test]
     fn prefixes_are_added_dropped_and_exchanged() {
         let base = Resolver::new(["encoder.layer.0.query.weight", "lm_head.weight"]);
-        let found = base.resolve("bert.encoder.layer.0.query", "weight");
+        let found = base.resolve_parameter("bert.encoder.layer.0.query", "weight");
         assert_eq!(
             found,
             Resolution::Renamed(place("encoder.layer.0.query.weight"))
         );
-        let found = base.resolve("language_model.lm_head", "weight");
+        let found = base.resolve_parameter("language_model.lm_head", "weight");
         assert_eq!(found, Resolution::Renamed(place("lm_head.weight")));
         let base = Resolver::new(["model.language_model.layers.0.q.weight"]);
-        let found = base.resolve("language_model.model.layers.0.q", "weight");
+        let found = base.resolve_parameter("language_model.model.layers.0.q", "weight");
         assert_eq!(
             found,
             Resolution::Renamed(place("model.language_model.layers.0.q.weight"))
@@ -339,7 +441,7 @@ mod tests {
     fn two_fitting_names_are_ambiguous() {
         let base = Resolver::new(["bert.a.weight", "model.a.weight"]);
         assert!(
-            matches!(base.resolve("a", "weight"), Resolution::Ambiguous(names) if names.len() == 2)
+            matches!(base.resolve_parameter("a", "weight"), Resolution::Ambiguous(names) if names.len() == 2)
         );
     }
 
@@ -349,18 +451,63 @@ mod tests {
             "model.layers.0.mlp.experts.gate_up_proj",
             "model.layers.0.mlp.gate.weight",
         ]);
-        let found = base.resolve("model.layers.0.block_sparse_moe.experts.3.w3", "weight");
-        let rows = Rows::Expert {
-            expert: 3,
-            part: 1,
-            of: 2,
+        let found =
+            base.resolve_parameter("model.layers.0.block_sparse_moe.experts.3.w3", "weight");
+        let place = Place {
+            rows: Rows::Expert {
+                expert: 3,
+                part: 1,
+                of: 2,
+            },
+            ..Place::whole("model.layers.0.mlp.experts.gate_up_proj")
         };
-        let tensor = "model.layers.0.mlp.experts.gate_up_proj".into();
-        assert_eq!(found, Resolution::Renamed(Place { tensor, rows }));
-        let found = base.resolve("model.layers.0.block_sparse_moe.gate", "weight");
+        assert_eq!(found, Resolution::Renamed(vec![place]));
+        let found = base.resolve_parameter("model.layers.0.block_sparse_moe.gate", "weight");
+        let gate = Place::whole("model.layers.0.mlp.gate.weight");
+        assert_eq!(found, Resolution::Renamed(vec![gate]));
+    }
+
+    #[test]
+    fn a_family_places_a_module_on_its_part_of_a_fused_layer() {
+        let base = Resolver::new([
+            "model.diffusion_model.double_blocks.1.img_attn.qkv.weight",
+            "model.diffusion_model.final_layer.adaLN_modulation.1.weight",
+        ]);
+        let found = base.resolve(
+            "transformer.transformer_blocks.1.attn.to_k",
+            Spelling::InComponent,
+        );
+        let place = Place {
+            rows: Rows::Block { index: 1, of: 3 },
+            ..Place::whole("model.diffusion_model.double_blocks.1.img_attn.qkv.weight")
+        };
+        assert_eq!(found, Resolution::Exact(vec![place]));
+        let found = base.resolve("lora_transformer_norm_out_linear", Spelling::Flattened);
+        assert!(matches!(found, Resolution::Exact(places) if places[0].rows == Rows::Swapped));
+    }
+
+    #[test]
+    fn a_fused_module_needs_all_the_layers_it_is_made_of() {
+        let names =
+            ["to_q", "to_k", "to_v"].map(|leaf| format!("transformer_blocks.0.attn.{leaf}.weight"));
+        let base = Resolver::new(names.clone());
+        let find = |base: &Resolver| {
+            base.resolve(
+                "lora_unet_double_blocks_0_img_attn_qkv",
+                Spelling::Flattened,
+            )
+        };
+        let Resolution::Exact(places) = find(&base) else {
+            panic!("{:?}", find(&base));
+        };
+        assert!(places.iter().all(|place| place.of_module));
         assert_eq!(
-            found,
-            Resolution::Renamed(place("model.layers.0.mlp.gate.weight"))
+            places.iter().map(|place| &place.tensor).collect::<Vec<_>>(),
+            names.iter().collect::<Vec<_>>()
+        );
+        assert_eq!(
+            find(&Resolver::new(names[..2].to_vec())),
+            Resolution::Unresolved
         );
     }
 
@@ -368,7 +515,7 @@ mod tests {
     fn one_tower_of_a_model_never_stands_for_another() {
         let base = Resolver::new(["vision_model.encoder.layers.0.q.weight"]);
         assert_eq!(
-            base.resolve("text_model.encoder.layers.0.q", "weight"),
+            base.resolve_parameter("text_model.encoder.layers.0.q", "weight"),
             Resolution::Unresolved
         );
     }
@@ -380,7 +527,7 @@ mod tests {
             "model.norm.weight",
         ]);
         assert_eq!(
-            base.resolve("model.layers.9.self_attn.q_proj", "weight"),
+            base.resolve_parameter("model.layers.9.self_attn.q_proj", "weight"),
             Resolution::Unresolved
         );
         let near = base.nearest("model.layers.9.self_attn.q_proj", 3);

@@ -40,7 +40,10 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
         ],
     ),
     ("methods", &["adapter", "error", "linalg", "tensor"]),
-    ("adapter", &["error", "linalg", "notice", "tensor"]),
+    (
+        "adapter",
+        &["error", "linalg", "naming", "notice", "tensor"],
+    ),
     (
         "checkpoint",
         &[

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use loratool::adapter::Spelling;
 use loratool::containers::TensorFile;
 use loratool::formats::{Found, ReadOptions};
+use loratool::naming::Spelling;
 use loratool::tensor::DType;
 use loratool::{Error, Kind};
 

@@ -258,6 +258,7 @@ impl Walk<'_> {
             offset: 0,
             length,
             memory: None,
+            made: None,
         };
         let first = if count == 0 { 0 } else { view.offset * size };
         if let Bytes::File { start, .. } = bytes {
@@ -289,6 +290,7 @@ impl Walk<'_> {
                 Bytes::File { .. } => None,
                 Bytes::Memory(bytes) => Some(bytes.clone()),
             },
+            made: None,
         };
         tensor.memory = Some(gather(view, &whole.bytes()?, size as usize).into());
         Ok(tensor)

@@ -6,35 +6,99 @@ use crate::adapter::{Extent, Geometry, Layer, Module, Orientation, Part};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
-use crate::naming::{Rows, path};
+use crate::naming::{Attention, Place, Rows, path};
 
-/// A tensor seen as a matrix, and the rows of it that a module owns.
+/// A tensor seen as a matrix, and rows of it that a module owns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Area {
     pub(super) rows: Range<usize>,
     pub(super) columns: usize,
+    /// The outputs of the module that are these rows; all of them in order if none are named.
+    pub(super) outputs: Option<Vec<Range<usize>>>,
 }
 
 impl Area {
-    /// The area of a place in a tensor of a shape.
-    pub(super) fn of(rows: Rows, shape: &[usize]) -> Option<Self> {
-        match (rows, shape) {
-            (Rows::All, [outer, rest @ ..]) => Some(Area {
-                rows: 0..*outer,
-                columns: rest.iter().product(),
-            }),
-            (Rows::Expert { expert, part, of }, &[experts, height, columns])
-                if expert < experts && height % of == 0 =>
-            {
-                let part_height = height / of;
-                let start = expert * height + part * part_height;
-                Some(Area {
-                    rows: start..start + part_height,
-                    columns,
-                })
+    /// The areas of a place in a tensor of a shape: one for each run of neighbouring rows.
+    pub(super) fn all(
+        place: &Place,
+        shape: &[usize],
+        extent: &Extent,
+        attention: Attention,
+    ) -> Option<Vec<Self>> {
+        if let Rows::Expert { expert, part, of } = place.rows {
+            let &[experts, height, columns] = shape else {
+                return None;
+            };
+            if expert >= experts || !height.is_multiple_of(of) {
+                return None;
             }
+            let start = expert * height + part * (height / of);
+            return Some(vec![Area {
+                rows: start..start + height / of,
+                columns,
+                outputs: None,
+            }]);
+        }
+        let [outer, rest @ ..] = shape else {
+            return None;
+        };
+        let columns = rest.iter().product();
+        let area = |rows, outputs| Area {
+            rows,
+            columns,
+            outputs,
+        };
+        if matches!(place.rows, Rows::Whole | Rows::Transposed) {
+            return Some(vec![area(0..*outer, None)]);
+        }
+        if place.of_module {
+            let outputs = place
+                .rows
+                .ranges(extent.outputs?, extent.inputs?, attention)?;
+            return Some(vec![area(0..*outer, Some(outputs))]);
+        }
+        let mut output = 0;
+        let mut runs: Vec<(Range<usize>, Range<usize>)> = Vec::new();
+        for rows in place.rows.ranges(*outer, columns, attention)? {
+            let end = output + rows.len();
+            runs.push((rows, output..end));
+            output = end;
+        }
+        runs.sort_by_key(|(rows, _)| rows.start);
+        let mut areas: Vec<Area> = Vec::new();
+        for (rows, outputs) in runs {
+            match areas.last_mut() {
+                Some(Area {
+                    rows: last,
+                    outputs: Some(taken),
+                    ..
+                }) if last.end == rows.start => {
+                    last.end = rows.end;
+                    taken.push(outputs);
+                }
+                _ => areas.push(area(rows, Some(vec![outputs]))),
+            }
+        }
+        match areas.as_mut_slice() {
+            [only] if only.outputs == Some(vec![0..output]) => only.outputs = None,
+            _ => {}
+        }
+        Some(areas)
+    }
+}
+
+/// The heads of the base's attention, as far as its configuration tells.
+pub(super) fn attention(base: &Checkpoint) -> Attention {
+    let count = |names: &[&str]| {
+        let value = names.iter().find_map(|name| base.configured(name))?;
+        match value {
+            Value::Integer(count) => usize::try_from(*count).ok(),
             _ => None,
         }
+    };
+    Attention {
+        query: count(&["num_attention_heads", "n_head", "num_heads", "n_heads"]),
+        key: count(&["num_key_value_heads", "num_kv_heads", "n_kv_heads"]),
     }
 }
 
@@ -48,6 +112,7 @@ pub(super) fn on_weight(
     tensor: &str,
     shape: &[usize],
     area: &Area,
+    transposed: bool,
 ) -> Result<Geometry> {
     let extent = module.method.extent(module);
     let (rows, columns) = (area.rows.len(), area.columns);
@@ -78,7 +143,7 @@ pub(super) fn on_weight(
         && !extent.as_stored
         && fits(extent.outputs, columns)
         && fits(extent.inputs, rows);
-    let orientation = if module.layer == Layer::Embedding {
+    let orientation = if module.layer == Layer::Embedding || transposed {
         inputs_first.then_some(Orientation::InputsFirst)
     } else {
         match (outputs_first, inputs_first) {

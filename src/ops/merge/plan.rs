@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::planner::{self, Placed};
 use super::{Options, layout};
@@ -82,6 +83,8 @@ pub struct PlannedModule {
     pub geometry: Geometry,
     /// Whether the base spells its name otherwise.
     pub renamed: bool,
+    /// The module of these rows alone, where they are not all of its outputs in order.
+    pub(super) taken: Option<Arc<Module>>,
 }
 
 impl PlannedTensor {
@@ -199,8 +202,11 @@ impl Plan {
     }
 
     /// The module that a planned module stands for.
-    pub fn module(&self, planned: &PlannedModule) -> &Module {
-        &self.adapters[planned.adapter].adapter.modules[planned.module]
+    pub fn module<'a>(&'a self, planned: &'a PlannedModule) -> &'a Module {
+        match &planned.taken {
+            Some(module) => module,
+            None => &self.adapters[planned.adapter].adapter.modules[planned.module],
+        }
     }
 
     /// The output path, checked again.

@@ -1,19 +1,20 @@
 //! Gives every part of the adapters its place in the base: whole tensors, modules, token rows.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::place::{Area, on_weight, stacks_outputs_first};
+use super::place::{Area, attention, on_weight, stacks_outputs_first};
 use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
 use crate::adapter::{
-    BiasUse, Geometry, Order, Orientation, Part, Replacement, ReplacementKind, Spelling,
+    BiasUse, Geometry, Module, Order, Orientation, Part, Replacement, ReplacementKind,
 };
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
-use crate::naming::{Resolution, Resolver, Rows};
+use crate::naming::{Place, Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Pattern;
 use crate::printable::acts_on_a_terminal;
@@ -153,9 +154,9 @@ impl<'a> Planner<'a> {
                 .name
                 .rsplit_once('.')
                 .unwrap_or(("", &replacement.name));
-            let replaced = match self.resolver.resolve(path, parameter) {
-                Resolution::Exact(place) | Resolution::Renamed(place) => {
-                    self.replace(index, replacement, &place.tensor)?
+            let replaced = match self.resolver.resolve_parameter(path, parameter) {
+                Resolution::Exact(places) | Resolution::Renamed(places) => {
+                    self.replace(index, replacement, &places[0].tensor)?
                 }
                 Resolution::Ambiguous(names) => {
                     self.missing.ambiguous(&replacement.name, &names);
@@ -280,14 +281,9 @@ impl<'a> Planner<'a> {
                 continue;
             }
             self.selected += 1;
-            let resolution = match module.spelling {
-                Spelling::Dotted => self.resolver.resolve(&module.path, "weight"),
-                Spelling::InComponent => self.resolver.resolve_in_component(&module.path),
-                Spelling::Flattened => self.resolver.resolve_flattened(&module.path),
-            };
-            let (place, renamed) = match resolution {
-                Resolution::Exact(place) => (place, false),
-                Resolution::Renamed(place) => (place, true),
+            let (places, renamed) = match self.resolver.resolve(&module.path, module.spelling) {
+                Resolution::Exact(places) => (places, false),
+                Resolution::Renamed(places) => (places, true),
                 Resolution::Ambiguous(names) => {
                     self.missing.ambiguous(&module.path, &names);
                     continue;
@@ -297,66 +293,89 @@ impl<'a> Planner<'a> {
                     continue;
                 }
             };
-            if let Err(error) = self.module(index, number, &place.tensor, place.rows, renamed) {
-                problems.push(error);
+            for place in &places {
+                if let Err(error) = self.module(index, number, place, renamed) {
+                    problems.push(error);
+                }
             }
         }
         Error::of_all(problems)
     }
 
-    fn module(
-        &mut self,
-        index: usize,
-        number: usize,
-        name: &str,
-        rows: Rows,
-        renamed: bool,
-    ) -> Result<()> {
+    fn module(&mut self, index: usize, number: usize, place: &Place, renamed: bool) -> Result<()> {
         let opened = &self.adapters[index];
         let module = &opened.adapter.modules[number];
+        let name = place.tensor.as_str();
         let strength = opened.strength_of(&module.path)?;
-        if !module.method.weight(module) {
-            return self.bias_of(index, number, strength, name, renamed);
-        }
         let target = self.by_name[name];
         let shape = self.tensors[target].shape.clone();
-        let stacked = rows == Rows::All || stacks_outputs_first(self.base, name);
-        let area = Area::of(rows, &shape).filter(|_| stacked).ok_or_else(|| {
-            module.error(Reason::Shape {
-                adapter: "a single expert".to_owned(),
-                base: format!("shape {shape:?}"),
-            })
-        })?;
-        touchable(&self.tensors[target])?;
-        let geometry = on_weight(self.base, module, name, &shape, &area)?;
-        // PEFT defines neither DoRA nor IA3 there.
-        if name.ends_with("in_proj_weight") && module.method.order() == Order::Sequential {
-            let reason = Reason::MethodOnTarget {
-                method: module.method.name(),
-                what: "nn.MultiheadAttention",
+        let extent = module.method.extent(module);
+        let attention = attention(self.base);
+        let is_expert = matches!(place.rows, Rows::Expert { .. });
+        let areas = Area::all(place, &shape, &extent, attention)
+            .filter(|_| !is_expert || stacks_outputs_first(self.base, name));
+        let Some(areas) = areas else {
+            if place.rows.needs_heads() && attention == Default::default() {
+                let tensor = name.to_owned();
+                return Err(module.error(Reason::HeadsUnknown { tensor }));
+            }
+            let adapter = match is_expert {
+                true => "a single expert".to_owned(),
+                false => format!(
+                    "a part of the rows ({} outputs)",
+                    extent.outputs.unwrap_or(0)
+                ),
             };
-            return Err(module.error(reason));
-        }
-        let planned = PlannedModule {
-            adapter: index,
-            module: number,
-            strength,
-            rows: area.rows,
-            geometry,
-            renamed,
-        };
-        let twice = self.tensors[target].modules.iter().find(|other| {
-            let rows = other.rows.start < planned.rows.end && planned.rows.start < other.rows.end;
-            other.adapter == index && other.geometry.part == Part::Weight && rows
-        });
-        if let Some(other) = twice {
-            let first = opened.adapter.modules[other.module].path.clone();
-            return Err(module.error(Reason::TwoModules {
-                first,
-                tensor: name.to_owned(),
+            return Err(module.error(Reason::Shape {
+                adapter,
+                base: format!("shape {shape:?}"),
             }));
+        };
+        let taken = |area: &Area| -> Result<Option<Arc<Module>>> {
+            let taken = area.outputs.as_deref().map(|rows| module.outputs(rows));
+            Ok(taken.transpose()?.map(Arc::new))
+        };
+        if !module.method.weight(module) {
+            return self.bias_of(index, number, strength, place, &areas, renamed);
         }
-        self.tensors[target].modules.push(planned);
+        touchable(&self.tensors[target])?;
+        for area in &areas {
+            let taken = taken(area)?;
+            let part = taken.as_deref().unwrap_or(module);
+            let transposed = place.rows == Rows::Transposed;
+            let geometry = on_weight(self.base, part, name, &shape, area, transposed)?;
+            // PEFT defines neither DoRA nor IA3 there.
+            let together = name.ends_with("in_proj_weight") && place.rows == Rows::Whole;
+            if together && module.method.order() == Order::Sequential {
+                let reason = Reason::MethodOnTarget {
+                    method: module.method.name(),
+                    what: "nn.MultiheadAttention",
+                };
+                return Err(module.error(reason));
+            }
+            let planned = PlannedModule {
+                adapter: index,
+                module: number,
+                strength,
+                rows: area.rows.clone(),
+                geometry,
+                renamed,
+                taken,
+            };
+            let twice = self.tensors[target].modules.iter().find(|other| {
+                let rows =
+                    other.rows.start < planned.rows.end && planned.rows.start < other.rows.end;
+                other.adapter == index && other.geometry.part == Part::Weight && rows
+            });
+            if let Some(other) = twice {
+                let first = opened.adapter.modules[other.module].path.clone();
+                return Err(module.error(Reason::TwoModules {
+                    first,
+                    tensor: name.to_owned(),
+                }));
+            }
+            self.tensors[target].modules.push(planned);
+        }
         if module.method.order() == Order::Sequential && strength != 1.0 {
             let text = format!(
                 "{} at strength {strength} interpolates between the base and the full result; PEFT scales inside the formula",
@@ -365,7 +384,7 @@ impl<'a> Planner<'a> {
             self.notices
                 .push(Notice::new(NoticeKind::StrengthInterpolates, text).on(&*module.path));
         }
-        self.bias_of(index, number, strength, name, renamed)
+        self.bias_of(index, number, strength, place, &areas, renamed)
     }
 
     /// What a module does to the bias beside a weight.
@@ -374,40 +393,52 @@ impl<'a> Planner<'a> {
         index: usize,
         number: usize,
         strength: f64,
-        name: &str,
+        place: &Place,
+        areas: &[Area],
         renamed: bool,
     ) -> Result<()> {
         let module = &self.adapters[index].adapter.modules[number];
+        let name = place.tensor.as_str();
         let bias = name
             .strip_suffix("weight")
             .map(|owner| format!("{owner}bias"));
         let bias = bias.and_then(|bias| self.by_name.get(&bias).copied());
-        match (module.method.bias(module), bias) {
-            (BiasUse::No, _) | (BiasUse::IfPresent, None) => Ok(()),
-            (BiasUse::Required, None) => Err(module.error(Reason::NoBias)),
-            (BiasUse::Required, Some(_)) if name.ends_with("in_proj_weight") => {
-                Err(module.error(Reason::MethodOnTarget {
+        let target = match (module.method.bias(module), bias) {
+            (BiasUse::No, _) | (BiasUse::IfPresent, None) => return Ok(()),
+            (BiasUse::Required, None) => return Err(module.error(Reason::NoBias)),
+            (BiasUse::Required, Some(_))
+                if name.ends_with("in_proj_weight") && place.rows == Rows::Whole =>
+            {
+                return Err(module.error(Reason::MethodOnTarget {
                     method: "lora_bias",
                     what: "nn.MultiheadAttention",
-                }))
+                }));
             }
-            (_, Some(bias)) => self.bias(index, number, strength, bias, renamed),
-        }
-    }
-
-    fn bias(
-        &mut self,
-        index: usize,
-        number: usize,
-        strength: f64,
-        target: usize,
-        renamed: bool,
-    ) -> Result<()> {
-        let module = &self.adapters[index].adapter.modules[number];
+            (_, Some(bias)) => bias,
+        };
         let tensor = &mut self.tensors[target];
         touchable(tensor)?;
+        // A bias is one row, changed whole.
+        let all = tensor.shape.first().copied().unwrap_or(0);
         let outputs = module.method.extent(module).outputs;
-        if tensor.shape.len() != 1 || outputs != Some(tensor.shape[0]) {
+        let taken = match areas {
+            [Area { outputs: None, .. }] => None,
+            [
+                Area {
+                    outputs: Some(rows),
+                    ..
+                },
+            ] => Some(Arc::new(module.outputs(rows)?)),
+            _ => {
+                return Err(module.error(Reason::MethodOnTarget {
+                    method: "a bias",
+                    what: "a fused layer whose rows alternate",
+                }));
+            }
+        };
+        let part = taken.as_deref().unwrap_or(module);
+        let count = part.method.extent(part).outputs;
+        if tensor.shape.len() != 1 || count != Some(all) {
             let adapter = format!("a bias of {} outputs", outputs.unwrap_or(0));
             return Err(module.error(Reason::Shape {
                 adapter,
@@ -417,7 +448,7 @@ impl<'a> Planner<'a> {
         let geometry = Geometry {
             part: Part::Bias,
             rows: 1,
-            columns: tensor.shape[0],
+            columns: all,
             orientation: Orientation::InputsFirst,
             kernel: 1,
         };
@@ -428,6 +459,7 @@ impl<'a> Planner<'a> {
             rows: 0..1,
             geometry,
             renamed,
+            taken,
         });
         Ok(())
     }
@@ -440,8 +472,8 @@ impl<'a> Planner<'a> {
                 continue;
             }
             self.selected += 1;
-            let name = match self.resolver.resolve(&tokens.path, "weight") {
-                Resolution::Exact(place) | Resolution::Renamed(place) => place.tensor,
+            let name = match self.resolver.resolve_parameter(&tokens.path, "weight") {
+                Resolution::Exact(places) | Resolution::Renamed(places) => places[0].tensor.clone(),
                 Resolution::Ambiguous(names) => {
                     self.missing.ambiguous(&tokens.path, &names);
                     continue;

@@ -1,0 +1,274 @@
+//! Families of models whose layers have two names: that of the hub and that of another layout.
+//!
+//! [`FAMILIES`] is the only list. A family is data: rows of two patterns, in which `*` stands for a
+//! number, and the part of the other's rows that the hub's layer is.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+use super::rows::Rows;
+
+mod flux1;
+mod llama_gguf;
+mod openclip;
+mod sd_unet;
+
+/// A way to name the layers of a model, other than the hub's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Layout {
+    /// The model's first publication: LDM, BFL, Wan …
+    Original,
+    /// llama.cpp.
+    Gguf,
+    /// torchtune.
+    Torchtune,
+    /// LitGPT.
+    Litgpt,
+}
+
+/// A family under one other layout.
+#[derive(Debug)]
+pub struct Family {
+    /// Its name in options and reports.
+    pub name: &'static str,
+    /// The layout of the other names.
+    pub layout: Layout,
+    /// The layers.
+    pub rows: fn() -> Vec<Row>,
+}
+
+/// A layer under both names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The name in diffusers or transformers.
+    pub hub: String,
+    /// The name in the other layout.
+    pub other: String,
+    /// Where the rows of the hub's layer lie in the other.
+    pub rows: Rows,
+}
+
+/// Every family.
+pub static FAMILIES: &[Family] = &[
+    sd_unet::SD1,
+    sd_unet::SDXL,
+    openclip::OPENCLIP,
+    flux1::FLUX1,
+    llama_gguf::LLAMA_GGUF,
+];
+
+/// A row with the same layer whole under both names, or a part of the other.
+fn row(hub: impl Into<String>, other: impl Into<String>, rows: Rows) -> Row {
+    Row {
+        hub: hub.into(),
+        other: other.into(),
+        rows,
+    }
+}
+
+/// Which of the two names of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The hub's.
+    Hub,
+    /// The other layout's.
+    Other,
+}
+
+/// A path that a row describes.
+#[derive(Clone, Debug)]
+pub struct Match {
+    /// The family.
+    pub family: &'static Family,
+    /// The row.
+    pub row: &'static Row,
+    /// Which name of the row the path is.
+    pub side: Side,
+    /// The numbers in it.
+    pub numbers: Vec<String>,
+}
+
+impl Match {
+    /// The name on one side, with the numbers of the path.
+    pub fn name(&self, side: Side) -> String {
+        let pattern = match side {
+            Side::Hub => &self.row.hub,
+            Side::Other => &self.row.other,
+        };
+        fill(pattern, &self.numbers)
+    }
+
+    /// All rows of the family that share this row's other name, in the order of the table: itself
+    /// where it is whole, or all parts of a fused layer.
+    pub fn siblings(&self) -> Vec<Match> {
+        let rows = &index().rows[&std::ptr::from_ref(self.family).addr()];
+        rows.iter()
+            .filter(|row| row.other == self.row.other)
+            .map(|row| Match {
+                row,
+                ..self.clone()
+            })
+            .collect()
+    }
+}
+
+/// Every row that a path fits, dotted or with every dot written as `_`.
+pub fn find(path: &str, flattened: bool) -> Vec<Match> {
+    let (pattern, found) = wildcards(path);
+    let entries = index().patterns.get(&pattern).into_iter().flatten();
+    let fits = |entry: &&Entry| {
+        let name = match entry.side {
+            Side::Hub => &entry.row.hub,
+            Side::Other => &entry.row.other,
+        };
+        let numbers = numbers(name, &found)?;
+        let name = fill(name, &numbers);
+        let same = match flattened {
+            true => name.replace('.', "_") == path,
+            false => name == path,
+        };
+        same.then_some(Match {
+            family: entry.family,
+            row: entry.row,
+            side: entry.side,
+            numbers,
+        })
+    };
+    entries.filter_map(|entry| fits(&entry)).collect()
+}
+
+struct Entry {
+    family: &'static Family,
+    row: &'static Row,
+    side: Side,
+}
+
+struct Index {
+    patterns: HashMap<String, Vec<Entry>>,
+    /// By the address of the family.
+    rows: HashMap<usize, &'static [Row]>,
+}
+
+fn index() -> &'static Index {
+    static INDEX: OnceLock<Index> = OnceLock::new();
+    INDEX.get_or_init(|| {
+        let mut index = Index {
+            patterns: HashMap::new(),
+            rows: HashMap::new(),
+        };
+        for family in FAMILIES {
+            // Made once for the life of the program.
+            let rows: &'static [Row] = Vec::leak((family.rows)());
+            index.rows.insert(std::ptr::from_ref(family).addr(), rows);
+            for row in rows {
+                for (side, name) in [(Side::Hub, &row.hub), (Side::Other, &row.other)] {
+                    let (pattern, _) = wildcards(name);
+                    let entries = index.patterns.entry(pattern).or_default();
+                    entries.push(Entry { family, row, side });
+                }
+            }
+        }
+        index
+    })
+}
+
+/// A name with every number between dots or underscores replaced by `*`, and those numbers.
+fn wildcards(name: &str) -> (String, Vec<&str>) {
+    let mut found = Vec::new();
+    let piece = |piece: &'_ str| !piece.is_empty() && piece.bytes().all(|b| b.is_ascii_digit());
+    let pieces: Vec<&str> = name
+        .split(['.', '_'])
+        .map(|text| match piece(text) || text == "*" {
+            true => {
+                found.push(text);
+                "*"
+            }
+            false => text,
+        })
+        .collect();
+    (pieces.join("_"), found)
+}
+
+/// The numbers of a path at the places where a pattern has `*`; elsewhere they must be the same.
+fn numbers(pattern: &str, found: &[&str]) -> Option<Vec<String>> {
+    let (_, wanted) = wildcards(pattern);
+    let mut numbers = Vec::new();
+    for (wanted, found) in wanted.iter().zip(found) {
+        match *wanted == "*" {
+            true => numbers.push((*found).to_owned()),
+            false if wanted == found => {}
+            false => return None,
+        }
+    }
+    Some(numbers)
+}
+
+fn fill(pattern: &str, numbers: &[String]) -> String {
+    let mut numbers = numbers.iter();
+    let mut name = String::with_capacity(pattern.len() + 8);
+    for piece in pattern.split_inclusive('*') {
+        match piece.strip_suffix('*') {
+            Some(text) => {
+                name.push_str(text);
+                name.push_str(numbers.next().map_or("*", String::as_str));
+            }
+            None => name.push_str(piece),
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_names_of_a_row_have_the_same_numbers() {
+        for family in FAMILIES {
+            for row in (family.rows)() {
+                let stars = |name: &str| name.matches('*').count();
+                assert_eq!(
+                    stars(&row.hub),
+                    stars(&row.other),
+                    "{}: {row:?}",
+                    family.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_row_is_found_by_either_name_in_either_spelling() {
+        for family in FAMILIES {
+            for row in (family.rows)() {
+                for (side, name) in [(Side::Hub, &row.hub), (Side::Other, &row.other)] {
+                    let name = name.replace('*', "3");
+                    for (path, flattened) in [(name.clone(), false), (name.replace('.', "_"), true)]
+                    {
+                        let found = find(&path, flattened);
+                        let is_it = |m: &Match| {
+                            m.family.name == family.name
+                                && m.side == side
+                                && *m.row == row
+                                && m.name(side) == name
+                        };
+                        assert!(found.iter().any(is_it), "{}: {path}", family.name);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn names_outside_the_tables_are_not_found() {
+        for path in [
+            "",
+            "*",
+            "double_blocks.x.img_attn.qkv",
+            "double_blocks_*_img_attn_qkv",
+        ] {
+            assert!(find(path, false).is_empty(), "{path}");
+        }
+        assert!(find("double_blocks.0.img_attn.qkv", true).is_empty());
+    }
+}
