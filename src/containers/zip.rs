@@ -3,12 +3,16 @@
 //! Source: PKWARE APPNOTE 6.3.10, and `caffe2/serialize/inline_container.cc` (what torch writes: members
 //! that are stored as they are, data descriptors, zip64 where needed, no comment). Readers of zip differ
 //! in what they accept, so everything that could be read in two ways is refused: a comment at the end, two
-//! members of one name, local headers that disagree with the directory, members that overlap, and bytes
-//! that belong to no member.
+//! members of one name, names that are cut or replaced, headers or descriptors that disagree with the
+//! directory, members that overlap, and bytes that belong to no member.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use miniz_oxide::inflate::TINFLStatus;
+use miniz_oxide::inflate::core::{DecompressorOxide, decompress, inflate_flags};
+
+use super::NAME_LIMIT;
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 
@@ -18,11 +22,19 @@ const MEMBER_LIMIT: usize = 100_000;
 /// Largest central directory.
 const DIRECTORY_LIMIT: u64 = 64 << 20;
 
-/// Longest name of a member.
-const NAME_LIMIT: usize = 4096;
+/// Most bytes that deflate makes of one: a match of 258 bytes takes two bits.
+const RATIO_LIMIT: u64 = 1032;
 
-/// A data descriptor with its signature and two sizes of eight bytes.
-const DESCRIPTOR: u64 = 24;
+/// General purpose flags: what follows the data of a member, and in what its name is written.
+const SIZES_FOLLOW: u16 = 1 << 3;
+const UTF_8: u16 = 1 << 11;
+
+/// Flags of the three ways to encrypt.
+const ENCRYPTED: u16 = 1 | 1 << 6 | 1 << 13;
+
+/// Extra fields: sizes of 64 bits, and another name.
+const LONG_SIZES: u16 = 1;
+const OTHER_NAME: u16 = 0x7075;
 
 const END: u64 = 22;
 const END_64: u64 = 56;
@@ -73,9 +85,8 @@ impl Fields<'_> {
     fn number(&mut self, size: usize) -> u64 {
         let (taken, rest) = self.0.split_at(size.min(self.0.len()));
         self.0 = rest;
-        let mut bytes = [0; 8];
-        bytes[..taken.len()].copy_from_slice(taken);
-        u64::from_le_bytes(bytes)
+        let bytes = taken.iter().rev();
+        bytes.fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
     fn two(&mut self) -> u16 {
@@ -89,9 +100,9 @@ impl Fields<'_> {
 
 /// The name of the first member, as far as the first bytes of a file hold it.
 pub(super) fn first_name(head: &[u8]) -> Option<&[u8]> {
-    let length = Fields(head.get(26..28)?).two();
+    let length = usize::from(Fields(head.get(26..28)?).two());
     let name = head.strip_prefix(b"PK\x03\x04")?.get(LOCAL - 4..)?;
-    Some(&name[..name.len().min(length.into())])
+    name.get(..length).or(Some(name))
 }
 
 impl Archive {
@@ -125,31 +136,16 @@ impl Archive {
 
     /// Compares the local headers with the directory, and the members with each other.
     fn locate(&mut self, end: u64) -> Result<()> {
-        let mut order: Vec<usize> = (0..self.members.len()).collect();
-        order.sort_by_key(|place| self.members[*place].header);
-        let mut free = 0u64;
-        let mut gap = 0;
-        for place in order {
-            let member = &mut self.members[place];
-            if member.header < free {
-                return Err(Error::new(Reason::Zip {
-                    problem: "two members overlap",
-                })
-                .on(&*member.name));
-            }
-            if member.header - free > gap {
-                return Err(Error::new(Reason::Zip {
-                    problem: "bytes before this member belong to none",
-                })
-                .on(&*member.name));
-            }
-            free = member
-                .open(&self.input, end)
-                .map_err(|e| e.on(&*member.name))?;
-            gap = if member.flags & 8 != 0 { DESCRIPTOR } else { 0 };
+        let mut order: Vec<&mut Member> = self.members.iter_mut().collect();
+        order.sort_by_key(|member| member.header);
+        let mut starts: Vec<u64> = order.iter().map(|member| member.header).collect();
+        starts.push(end);
+        if starts.first() != Some(&0) {
+            return wrong("it does not start with a member");
         }
-        if end - free > gap {
-            return wrong("bytes before its directory belong to no member");
+        for (member, next) in order.into_iter().zip(starts.into_iter().skip(1)) {
+            let opened = member.open(&self.input, next);
+            opened.map_err(|e| e.on(&*member.name))?;
         }
         Ok(())
     }
@@ -162,7 +158,8 @@ impl Archive {
     /// The member of a name.
     pub(super) fn member(&self, name: &str) -> Option<&Member> {
         let place = self.by_name.get(&name.to_lowercase())?;
-        Some(&self.members[*place]).filter(|member| member.name == name)
+        let member = self.members.get(*place)?;
+        (member.name == name).then_some(member)
     }
 
     /// The bytes of a member, compared with their checksum; `budget` is what may be allocated, and is
@@ -177,28 +174,25 @@ impl Archive {
             if member.compressed > *budget {
                 return fail(beyond_memory());
             }
+            if member.size / RATIO_LIMIT > member.compressed {
+                return fail(Reason::Zip {
+                    problem: "it claims more than its compressed data can hold",
+                });
+            }
             let mut packed = vec![0; member.compressed as usize];
             self.input.read_at(&mut packed, member.start)?;
-            // One byte more than claimed shows that there is more.
-            let limit = (member.size as usize).saturating_add(1);
-            match miniz_oxide::inflate::decompress_to_vec_with_limit(&packed, limit) {
-                Ok(bytes) => bytes,
-                Err(_) => {
-                    return fail(Reason::Zip {
-                        problem: "its compressed data are wrong, or more than it claims",
-                    });
-                }
+            let mut bytes = vec![0; member.size as usize];
+            if !inflate(&packed, &mut bytes) {
+                return fail(Reason::Zip {
+                    problem: "its compressed data are wrong, or more or less than it claims",
+                });
             }
+            bytes
         } else {
             let mut bytes = vec![0; member.size as usize];
             self.input.read_at(&mut bytes, member.start)?;
             bytes
         };
-        if bytes.len() as u64 != member.size {
-            return fail(Reason::Zip {
-                problem: "it has another size than it claims",
-            });
-        }
         if crc32fast::hash(&bytes) != member.checksum {
             return fail(Reason::Checksum);
         }
@@ -207,16 +201,19 @@ impl Archive {
 
     /// Compares every stored member with its checksum, piece by piece.
     pub(super) fn verify(&self) -> Result<()> {
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = Vec::new();
         for member in self.members.iter().filter(|member| !member.deflated) {
+            buffer.resize(1 << 20, 0);
             let mut hasher = crc32fast::Hasher::new();
             let mut done = 0;
             while done < member.size {
-                let count = (member.size - done).min(buffer.len() as u64) as usize;
-                self.input
-                    .read_at(&mut buffer[..count], member.start + done)?;
-                hasher.update(&buffer[..count]);
-                done += count as u64;
+                let left = member.size - done;
+                if left < buffer.len() as u64 {
+                    buffer.truncate(left as usize);
+                }
+                self.input.read_at(&mut buffer, member.start + done)?;
+                hasher.update(&buffer);
+                done += buffer.len() as u64;
             }
             if hasher.finalize() != member.checksum {
                 return Err(Error::new(Reason::Checksum).on(&*member.name));
@@ -226,16 +223,22 @@ impl Archive {
     }
 }
 
+/// Fills `bytes` from compressed data, which must hold that much and nothing else.
+fn inflate(packed: &[u8], bytes: &mut [u8]) -> bool {
+    let flags = inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+    let inflated = decompress(&mut DecompressorOxide::new(), packed, bytes, 0, flags);
+    inflated == (TINFLStatus::Done, packed.len(), bytes.len())
+}
+
 impl Member {
-    /// Finds the first byte of the data; returns the first byte behind them.
-    fn open(&mut self, input: &Input, end: u64) -> Result<u64> {
+    /// Finds the first byte of the data. The member reaches to `next`, neither further nor less far.
+    fn open(&mut self, input: &Input, next: u64) -> Result<()> {
+        const OVERLAP: &str = "it reaches into what follows it";
         let length = (LOCAL + self.name.len()) as u64;
-        if self
-            .header
-            .checked_add(length)
-            .is_none_or(|stop| stop > end)
-        {
-            return wrong("a member lies behind the end");
+        // One that lies behind what follows has no room at all.
+        let room = next.saturating_sub(self.header);
+        if length > room {
+            return wrong(OVERLAP);
         }
         let mut bytes = vec![0; length as usize];
         input.read_at(&mut bytes, self.header)?;
@@ -244,33 +247,61 @@ impl Member {
         let _version = fields.two();
         let (flags, method) = (fields.two(), fields.two());
         let _time_and_date = fields.four();
-        let (checksum, compressed, size) = (fields.four(), fields.four(), fields.four());
+        let checksum = fields.four();
+        let (mut compressed, mut size) = (u64::from(fields.four()), u64::from(fields.four()));
         let (name, extra) = (fields.two(), fields.two());
         if signature != 0x0403_4b50 {
             return wrong("a member does not start with a header");
         }
-        let same_name =
-            usize::from(name) == self.name.len() && bytes[LOCAL..] == *self.name.as_bytes();
-        if !same_name
+        let data = length + u64::from(extra);
+        if data
+            .checked_add(self.compressed)
+            .is_none_or(|end| end > room)
+        {
+            return wrong(OVERLAP);
+        }
+        let mut extra = vec![0; extra.into()];
+        input.read_at(&mut extra, self.header + length)?;
+        lengthen(&extra, [&mut size, &mut compressed, &mut 0])?;
+        // What follows the data is not said before them.
+        let agrees =
+            |here: u64, there: u64| here == there || here == 0 && flags & SIZES_FOLLOW != 0;
+        if usize::from(name) != self.name.len()
+            || fields.0 != self.name.as_bytes()
             || flags != self.flags
-            || (method == 8) != self.deflated
-            || !matches!(method, 0 | 8)
+            || method != if self.deflated { 8 } else { 0 }
+            || !agrees(checksum.into(), self.checksum.into())
+            || !agrees(compressed, self.compressed)
+            || !agrees(size, self.size)
         {
             return wrong("a header and the directory disagree");
         }
-        // A member whose sizes follow its data says nothing here, and a large one in its extra field.
-        let agrees = |here: u32, there: u64| here == u32::MAX || u64::from(here) == there;
-        let sizes = checksum == self.checksum
-            && agrees(compressed, self.compressed)
-            && agrees(size, self.size);
-        if flags & 8 == 0 && !sizes {
-            return wrong("a header and the directory disagree");
+        self.start = self.header + data;
+        self.descriptor(input, self.start + self.compressed, next)
+    }
+
+    /// Compares what lies between the data and what follows with the checksum and the sizes.
+    fn descriptor(&self, input: &Input, start: u64, end: u64) -> Result<()> {
+        // A signature or none, and sizes of four bytes or eight.
+        let (signed, wide) = match (end - start, self.flags & SIZES_FOLLOW != 0) {
+            (0, false) => return Ok(()),
+            (12, true) => (false, 4),
+            (16, true) => (true, 4),
+            (20, true) => (false, 8),
+            (24, true) => (true, 8),
+            _ => return wrong("the bytes behind it belong to no member"),
+        };
+        let mut bytes = vec![0; (end - start) as usize];
+        input.read_at(&mut bytes, start)?;
+        let mut fields = Fields(&bytes);
+        if signed && fields.four() != 0x0807_4b50
+            || fields.four() != self.checksum
+            || fields.number(wide) != self.compressed
+            || fields.number(wide) != self.size
+        {
+            return wrong("what follows its data and the directory disagree");
         }
-        self.start = self.header + length + u64::from(extra);
-        match self.start.checked_add(self.compressed) {
-            Some(stop) if stop <= end => Ok(stop),
-            _ => wrong("a member lies behind the end"),
-        }
+        Ok(())
     }
 }
 
@@ -389,19 +420,14 @@ fn entry(rest: &mut &[u8]) -> Result<Member> {
         return wrong("the name of a member is not valid UTF-8");
     };
     let fail = |problem| Err(Error::new(Reason::Zip { problem }).on(name));
-    if let Some(long) = long_sizes(extra) {
-        let mut long = Fields(long);
-        for field in [&mut size, &mut compressed, &mut header] {
-            if *field == u64::from(u32::MAX) {
-                if long.0.len() < 8 {
-                    return fail("a 64-bit size is missing");
-                }
-                *field = long.number(8);
-            }
-        }
+    // Python's reader ends a name at a zero, and reads one that is not said to be UTF-8 as code page 437.
+    if name.contains('\0') || !name.is_ascii() && flags & UTF_8 == 0 {
+        return fail("readers disagree on its name");
     }
+    let sizes = [&mut size, &mut compressed, &mut header];
+    lengthen(extra, sizes).map_err(|e| e.on(name))?;
     let refuse = |what| Err(Error::new(Reason::ZipMember { what }).on(name));
-    if flags & 1 != 0 || flags & (1 << 6) != 0 || flags & (1 << 13) != 0 {
+    if flags & ENCRYPTED != 0 {
         return refuse("encrypted");
     }
     let deflated = match method {
@@ -424,16 +450,35 @@ fn entry(rest: &mut &[u8]) -> Result<Member> {
     })
 }
 
-/// The extra field with 64-bit sizes.
-fn long_sizes(mut extra: &[u8]) -> Option<&[u8]> {
-    loop {
-        let (head, rest) = extra.split_at_checked(4)?;
+/// Takes those of size, compressed size and place that do not fit into 32 bits from the extra field that
+/// has them, in this order.
+fn lengthen(mut extra: &[u8], numbers: [&mut u64; 3]) -> Result<()> {
+    let mut long = None;
+    // Fewer than four bytes are no field; writers pad with zeros.
+    while let Some((head, rest)) = extra.split_at_checked(4) {
         let mut fields = Fields(head);
         let (kind, length) = (fields.two(), fields.two());
-        let (data, rest) = rest.split_at_checked(length.into())?;
-        if kind == 1 {
-            return Some(data);
+        let Some((data, rest)) = rest.split_at_checked(length.into()) else {
+            return wrong("an extra field of it ends too early");
+        };
+        if kind == OTHER_NAME {
+            return wrong("readers disagree on its name");
+        }
+        if kind == LONG_SIZES && long.replace(Fields(data)).is_some() {
+            return wrong("its 64-bit sizes are there twice");
         }
         extra = rest;
     }
+    let Some(mut long) = long else {
+        return Ok(());
+    };
+    for number in numbers {
+        if *number == u64::from(u32::MAX) {
+            if long.0.len() < 8 {
+                return wrong("a 64-bit size is missing");
+            }
+            *number = long.number(8);
+        }
+    }
+    Ok(())
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 use loratool::containers::TensorFile;
 use loratool::{Error, Kind, Reason};
 
-use crate::hostile_support::{Room, assert_printable, assert_reason, open_as, refused_as};
+use crate::hostile_support::{
+    self, Member, Room, assert_printable, assert_reason, open_as, refused_as,
+};
 use crate::support::fixture;
 
 /// An array of this header and data.
@@ -25,54 +27,8 @@ fn array(dtype: &str, shape: &str, data: usize) -> Vec<u8> {
     npy(&header(dtype, "False", shape), &vec![0; data])
 }
 
-fn crc(bytes: &[u8]) -> u32 {
-    crc32fast::hash(bytes)
-}
-
-/// A member of an archive: name, bytes in the file, method, size, checksum.
-struct Entry<'a>(&'a str, Vec<u8>, u16, u64, u32);
-
-fn stored<'a>(name: &'a str, bytes: &[u8]) -> Entry<'a> {
-    Entry(name, bytes.to_vec(), 0, bytes.len() as u64, crc(bytes))
-}
-
-fn deflated<'a>(name: &'a str, bytes: &[u8]) -> Entry<'a> {
-    let packed = miniz_oxide::deflate::compress_to_vec(bytes, 6);
-    Entry(name, packed, 8, bytes.len() as u64, crc(bytes))
-}
-
-/// An archive of these members.
-fn zip(entries: &[Entry]) -> Vec<u8> {
-    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
-    for Entry(name, data, method, size, crc) in entries {
-        let offset = bytes.len() as u32;
-        let mut common = vec![20, 0, 0, 0];
-        common.extend(method.to_le_bytes());
-        common.extend([0; 4]);
-        common.extend(crc.to_le_bytes());
-        common.extend((data.len() as u32).to_le_bytes());
-        common.extend((*size as u32).to_le_bytes());
-        common.extend((name.len() as u16).to_le_bytes());
-        common.extend([0; 2]);
-        bytes.extend(b"PK\x03\x04");
-        bytes.extend(&common);
-        bytes.extend(name.as_bytes());
-        bytes.extend(data);
-        directory.extend(b"PK\x01\x02\x14\0");
-        directory.extend(&common);
-        directory.extend([0; 10]);
-        directory.extend(offset.to_le_bytes());
-        directory.extend(name.as_bytes());
-    }
-    let start = bytes.len() as u32;
-    bytes.extend(&directory);
-    bytes.extend(b"PK\x05\x06\0\0\0\0");
-    bytes.extend((entries.len() as u16).to_le_bytes());
-    bytes.extend((entries.len() as u16).to_le_bytes());
-    bytes.extend((directory.len() as u32).to_le_bytes());
-    bytes.extend(start.to_le_bytes());
-    bytes.extend([0; 2]);
-    bytes
+fn zip(members: &[Member]) -> Vec<u8> {
+    hostile_support::zip(members).bytes
 }
 
 fn open(bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
@@ -136,8 +92,8 @@ fn an_array_in_fortran_order_is_read_like_its_twin() {
     let expected: Vec<f64> = (0..24).map(f64::from).collect();
     for file in [
         open(&bytes).unwrap(),
-        open(zip(&[stored("array.npy", &bytes)])).unwrap(),
-        open(zip(&[deflated("array.npy", &bytes)])).unwrap(),
+        open(zip(&[Member::stored("array.npy", &bytes)])).unwrap(),
+        open(zip(&[Member::deflated("array.npy", &bytes)])).unwrap(),
     ] {
         assert_eq!(file.tensor("array").unwrap().to_f64().unwrap(), expected);
     }
@@ -146,7 +102,11 @@ fn an_array_in_fortran_order_is_read_like_its_twin() {
 #[test]
 fn members_are_read_stored_and_deflated() {
     let (a, b) = (array("<f4", "(2, 3)", 24), array("<i4", "(5,)", 20));
-    let file = open(zip(&[stored("a.npy", &a), deflated("b.c.npy", &b)])).unwrap();
+    let file = open(zip(&[
+        Member::stored("a.npy", &a),
+        Member::deflated("b.c.npy", &b),
+    ]))
+    .unwrap();
     assert_eq!(file.container.name(), "npz");
     assert!(file.tensor("a").unwrap().memory.is_none());
     assert_eq!(
@@ -225,35 +185,41 @@ fn headers_that_lie_are_refused() {
 #[test]
 fn archives_that_lie_are_refused() {
     let a = array("<f4", "(2, 3)", 24);
-    let twice = [stored("a.npy", &a), stored("a.npy", &a)];
+    let twice = [Member::stored("a.npy", &a), Member::stored("a.npy", &a)];
     assert_reason!(refused(zip(&twice)), Reason::DuplicateMember);
-    let other = [stored("a.npy", &a), stored("readme.txt", b"hello")];
+    let other = [
+        Member::stored("a.npy", &a),
+        Member::stored("readme.txt", b"hello"),
+    ];
     assert_reason!(refused(zip(&other)), Reason::Structure { .. });
-    assert_reason!(refused(zip(&[stored(".npy", &a)])), Reason::EmptyName);
-    let mut wrong = deflated("a.npy", &a);
-    wrong.4 ^= 1;
+    assert_reason!(
+        refused(zip(&[Member::stored(".npy", &a)])),
+        Reason::EmptyName
+    );
+    let mut wrong = Member::deflated("a.npy", &a);
+    wrong.checksum ^= 1;
     assert_reason!(refused(zip(&[wrong])), Reason::Checksum);
-    for size in [a.len() as u64 - 1, a.len() as u64 + 1, 4_000_000_000] {
-        let mut wrong = deflated("a.npy", &a);
-        wrong.3 = size;
+    for size in [a.len() as u32 - 1, a.len() as u32 + 1, 4_000_000_000] {
+        let mut wrong = Member::deflated("a.npy", &a);
+        wrong.size = size;
         assert_reason!(
             refused(zip(&[wrong])),
             Reason::Zip { .. } | Reason::TooMany { .. }
         );
-        let mut wrong = stored("a.npy", &a);
-        wrong.3 = size;
+        let mut wrong = Member::stored("a.npy", &a);
+        wrong.size = size;
         assert_reason!(refused(zip(&[wrong])), Reason::Zip { .. });
     }
-    let mut method = stored("a.npy", &a);
-    method.2 = 93;
+    let mut method = Member::stored("a.npy", &a);
+    method.method = 93;
     assert_reason!(refused(zip(&[method])), Reason::ZipMember { .. });
     // Two entries of the directory for the same bytes.
-    let mut bytes = zip(&[stored("a.npy", &a), stored("b.npy", &a)]);
+    let mut bytes = zip(&[Member::stored("a.npy", &a), Member::stored("b.npy", &a)]);
     let second = bytes.len() - 22 - 5 - 4;
     bytes[second..second + 4].fill(0);
     assert_reason!(refused(&bytes), Reason::Zip { .. });
     // One entry fewer than the end says.
-    let mut bytes = zip(&[stored("a.npy", &a)]);
+    let mut bytes = zip(&[Member::stored("a.npy", &a)]);
     let end = bytes.len() - 22;
     bytes[end + 8] = 2;
     bytes[end + 10] = 2;
@@ -265,18 +231,20 @@ fn a_bomb_is_refused_before_it_is_unpacked() {
     // Many members of 16 MiB of zeros, 16 KiB each: more than is unpacked for one file.
     let bytes = array("<f4", "(4194304,)", 16 << 20);
     let names: Vec<String> = (0..64).map(|n| format!("{n}.npy")).collect();
-    let Entry(_, packed, method, size, crc) = deflated("", &bytes);
-    // Lies about the size, and is thereby refused at once.
-    let entries: Vec<Entry> = names
-        .iter()
-        .map(|name| Entry(name, packed.clone(), method, 4 * size, crc))
-        .collect();
-    assert_reason!(refused(zip(&entries)), Reason::Zip { .. });
-    let entries: Vec<Entry> = names
-        .iter()
-        .map(|name| Entry(name, packed.clone(), method, 300 << 20, crc))
-        .collect();
-    assert_reason!(refused(zip(&entries)), Reason::TooMany { .. });
+    let bomb = Member::deflated("", &bytes);
+    let all = |size: u32| -> Vec<Member> {
+        let named = |name: &String| Member {
+            name: name.as_bytes().to_vec(),
+            size,
+            ..bomb.clone()
+        };
+        names.iter().map(named).collect()
+    };
+    // One that lies about its size is refused at once.
+    assert_reason!(refused(zip(&all(4 * bomb.size))), Reason::Zip { .. });
+    for size in [bomb.size, 300 << 20] {
+        assert_reason!(refused(zip(&all(size))), Reason::TooMany { .. });
+    }
 }
 
 fn cut_everywhere(path: &Path) {
@@ -305,7 +273,10 @@ fn arrays_and_archives_cut_at_any_length_are_refused() {
     let room = Room::new();
     let a = array("<f4", "(2, 3)", 24);
     cut_everywhere(&room.write("a", &a));
-    cut_everywhere(&room.write("b", zip(&[stored("a.npy", &a), deflated("b.npy", &a)])));
+    cut_everywhere(&room.write(
+        "b",
+        zip(&[Member::stored("a.npy", &a), Member::deflated("b.npy", &a)]),
+    ));
     let npz = std::fs::read(fixture("mlx/lora/adapters.npz")).unwrap();
     cut_everywhere(&room.write("c", npz));
 }
@@ -316,7 +287,7 @@ fn a_changed_byte_never_panics_and_never_changes_more_than_one_tensor() {
     let a = array("<f4", "(2, 3)", 24);
     for whole in [
         a.clone(),
-        zip(&[stored("a.npy", &a), deflated("b.npy", &a)]),
+        zip(&[Member::stored("a.npy", &a), Member::deflated("b.npy", &a)]),
     ] {
         let path = room.write("x", &whole);
         for at in 0..whole.len() {

@@ -172,6 +172,101 @@ pub(crate) fn assert_clean(text: &str) {
     }
 }
 
+/// A member of an archive, and what both of its headers say.
+#[derive(Clone, Default)]
+pub(crate) struct Member {
+    pub(crate) name: Vec<u8>,
+    /// The bytes as they lie in the file.
+    pub(crate) data: Vec<u8>,
+    pub(crate) flags: u16,
+    pub(crate) method: u16,
+    pub(crate) checksum: u32,
+    pub(crate) size: u32,
+    /// Extra fields of the local header, and of that in the directory.
+    pub(crate) extra: [Vec<u8>; 2],
+    /// What follows the data.
+    pub(crate) behind: Vec<u8>,
+}
+
+impl Member {
+    pub(crate) fn stored(name: impl AsRef<[u8]>, bytes: impl AsRef<[u8]>) -> Self {
+        let bytes = bytes.as_ref();
+        Member {
+            name: name.as_ref().to_vec(),
+            data: bytes.to_vec(),
+            checksum: crc32fast::hash(bytes),
+            size: bytes.len() as u32,
+            ..Default::default()
+        }
+    }
+
+    pub(crate) fn deflated(name: impl AsRef<[u8]>, bytes: impl AsRef<[u8]>) -> Self {
+        Member {
+            data: miniz_oxide::deflate::compress_to_vec(bytes.as_ref(), 6),
+            method: 8,
+            ..Member::stored(name, bytes)
+        }
+    }
+}
+
+/// An archive, and where its headers start.
+#[derive(Clone)]
+pub(crate) struct Zip {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) locals: Vec<usize>,
+    pub(crate) entries: Vec<usize>,
+    pub(crate) end: usize,
+}
+
+/// A zip archive, written here from the specification (PKWARE APPNOTE, 4.3).
+pub(crate) fn zip(members: &[Member]) -> Zip {
+    let (mut bytes, mut directory) = (Vec::new(), Vec::new());
+    let (mut locals, mut entries) = (Vec::new(), Vec::new());
+    for member in members {
+        let start = bytes.len();
+        let header = |extra: &[u8]| {
+            let mut header = vec![20, 0];
+            header.extend(member.flags.to_le_bytes());
+            header.extend(member.method.to_le_bytes());
+            header.extend([0; 4]);
+            header.extend(member.checksum.to_le_bytes());
+            header.extend((member.data.len() as u32).to_le_bytes());
+            header.extend(member.size.to_le_bytes());
+            header.extend((member.name.len() as u16).to_le_bytes());
+            header.extend((extra.len() as u16).to_le_bytes());
+            header
+        };
+        let [local, central] = &member.extra;
+        locals.push(start);
+        for part in [b"PK\x03\x04", &*header(local), &member.name, local] {
+            bytes.extend(part);
+        }
+        bytes.extend(&member.data);
+        bytes.extend(&member.behind);
+        entries.push(directory.len());
+        for part in [b"PK\x01\x02\x14\0", &*header(central), &[0; 10]] {
+            directory.extend(part);
+        }
+        directory.extend((start as u32).to_le_bytes());
+        directory.extend(&member.name);
+        directory.extend(central);
+    }
+    let start = bytes.len();
+    bytes.extend(&directory);
+    let end = bytes.len();
+    bytes.extend(b"PK\x05\x06\0\0\0\0");
+    bytes.extend([(members.len() as u16).to_le_bytes(); 2].concat());
+    bytes.extend((directory.len() as u32).to_le_bytes());
+    bytes.extend((start as u32).to_le_bytes());
+    bytes.extend([0, 0]);
+    Zip {
+        bytes,
+        locals,
+        entries: entries.into_iter().map(|entry| start + entry).collect(),
+        end,
+    }
+}
+
 /// Opens bytes as a file of a name, within a second.
 pub(crate) fn open_as(name: &str, bytes: impl AsRef<[u8]>) -> loratool::Result<TensorFile> {
     let room = Room::new();

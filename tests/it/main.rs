@@ -13,6 +13,7 @@ mod hostile_index;
 mod hostile_numpy;
 mod hostile_safetensors;
 mod hostile_support;
+mod hostile_zip;
 mod kernels;
 mod laws;
 mod lycoris;

@@ -7,7 +7,9 @@ use loratool::formats::ReadOptions;
 use loratool::ops::check::check;
 use loratool::{Error, Kind, Reason};
 
-use crate::hostile_support::{Room, assert_printable, assert_reason, within_a_second};
+use crate::hostile_support::{
+    self, Member, Room, assert_printable, assert_reason, within_a_second,
+};
 use crate::support::{fixture, merge, options};
 
 const NAMES: &[&str] = &[
@@ -114,7 +116,7 @@ fn a_base_must_be_safetensors() {
 }
 
 /// The refusal of these bytes, within a second, with the file named.
-fn refused(bytes: impl AsRef<[u8]>) -> Error {
+pub(crate) fn refused(bytes: impl AsRef<[u8]>) -> Error {
     let room = Room::new();
     let path = room.write("x.bin", bytes);
     let owned = path.clone();
@@ -124,62 +126,25 @@ fn refused(bytes: impl AsRef<[u8]>) -> Error {
     error
 }
 
-/// A member of an archive: name, bytes, whether to store them, and the checksum to claim.
-struct Member(String, Vec<u8>, bool, Option<u32>);
-
 fn stored(name: &str, bytes: impl AsRef<[u8]>) -> Member {
-    Member(format!("x/{name}"), bytes.as_ref().to_vec(), true, None)
+    Member::stored(format!("x/{name}"), bytes)
 }
 
-/// A zip archive, written here from the specification.
+fn deflated(name: &str, bytes: impl AsRef<[u8]>) -> Member {
+    Member::deflated(format!("x/{name}"), bytes)
+}
+
 fn zip(members: &[Member]) -> Vec<u8> {
-    zip_claiming(members, |size| size)
-}
-
-fn zip_claiming(members: &[Member], claim: impl Fn(u32) -> u32) -> Vec<u8> {
-    let (mut file, mut directory) = (Vec::new(), Vec::new());
-    for Member(name, bytes, plain, checksum) in members {
-        let data = match plain {
-            true => bytes.clone(),
-            false => miniz_oxide::deflate::compress_to_vec(bytes, 6),
-        };
-        let mut fields = vec![20, 0, 0, 0, if *plain { 0 } else { 8 }, 0, 0, 0, 0, 0];
-        fields.extend(
-            checksum
-                .unwrap_or_else(|| crc32fast::hash(bytes))
-                .to_le_bytes(),
-        );
-        fields.extend((data.len() as u32).to_le_bytes());
-        fields.extend(claim(bytes.len() as u32).to_le_bytes());
-        fields.extend((name.len() as u16).to_le_bytes());
-        fields.extend([0, 0]);
-        directory.extend(b"PK\x01\x02\x14\0");
-        directory.extend(&fields);
-        directory.extend([0; 10]);
-        directory.extend((file.len() as u32).to_le_bytes());
-        directory.extend(name.as_bytes());
-        file.extend(b"PK\x03\x04");
-        file.extend(&fields);
-        file.extend(name.as_bytes());
-        file.extend(data);
-    }
-    let start = file.len() as u32;
-    file.extend(&directory);
-    file.extend(b"PK\x05\x06\0\0\0\0");
-    file.extend([(members.len() as u16).to_le_bytes(); 2].concat());
-    file.extend((directory.len() as u32).to_le_bytes());
-    file.extend(start.to_le_bytes());
-    file.extend([0, 0]);
-    file
+    hostile_support::zip(members).bytes
 }
 
 /// An archive with this pickle (without protocol and end) and a storage of 24 bytes.
-fn archive(pickle: impl AsRef<[u8]>) -> Vec<u8> {
+pub(crate) fn archive(pickle: impl AsRef<[u8]>) -> Vec<u8> {
     let pickle = [b"\x80\x02", pickle.as_ref(), b"."].concat();
     zip(&[stored("data.pkl", pickle), stored("data/0", [1; 24])])
 }
 
-fn text(text: &str) -> Vec<u8> {
+pub(crate) fn text(text: &str) -> Vec<u8> {
     [
         b"X",
         &(text.len() as u32).to_le_bytes()[..],
@@ -188,17 +153,17 @@ fn text(text: &str) -> Vec<u8> {
     .concat()
 }
 
-fn integer(value: i128) -> Vec<u8> {
+pub(crate) fn integer(value: i128) -> Vec<u8> {
     [b"\x8a\x10", &value.to_le_bytes()[..]].concat()
 }
 
-fn integers(values: &[i128]) -> Vec<u8> {
+pub(crate) fn integers(values: &[i128]) -> Vec<u8> {
     let items: Vec<u8> = values.iter().flat_map(|value| integer(*value)).collect();
     [b"(", &items[..], b"t"].concat()
 }
 
 /// A tensor of f32 in a storage of `count` elements.
-fn tensor(count: i128, offset: i128, shape: &[i128], strides: &[i128]) -> Vec<u8> {
+pub(crate) fn tensor(count: i128, offset: i128, shape: &[i128], strides: &[i128]) -> Vec<u8> {
     let storage = [
         b"(",
         &text("storage")[..],
@@ -220,7 +185,7 @@ fn tensor(count: i128, offset: i128, shape: &[i128], strides: &[i128]) -> Vec<u8
     .concat()
 }
 
-fn named(tensor: &[u8]) -> Vec<u8> {
+pub(crate) fn named(tensor: &[u8]) -> Vec<u8> {
     [b"}", &text("a")[..], tensor, b"s"].concat()
 }
 
@@ -234,8 +199,8 @@ fn the_archives_of_these_tests_are_sound() {
     let sound = named(&tensor(6, 1, &[2, 2], &[1, 2]));
     let pickle = [b"\x80\x02", &sound[..], b"."].concat();
     let members = [
-        Member("x/data.pkl".into(), pickle, false, None),
-        Member("x/data/0".into(), vec![1; 24], false, None),
+        deflated("data.pkl", pickle),
+        deflated("data/0", [1; 24]),
         stored("byteorder", "little"),
     ];
     TensorFile::open(room.write("y.bin", zip(&members))).unwrap();
@@ -450,11 +415,7 @@ fn archives_that_can_be_read_in_two_ways_are_refused() {
     assert_reason!(refused(duplicate), Reason::DuplicateMember);
     let letters = zip(&[data(), storage(), stored("DATA/0", [2; 24])]);
     assert_reason!(refused(letters), Reason::DuplicateMember);
-    let two = zip(&[
-        data(),
-        storage(),
-        Member("y/data.pkl".into(), pickle.clone(), true, None),
-    ]);
+    let two = zip(&[data(), storage(), Member::stored("y/data.pkl", &pickle)]);
     assert_reason!(refused(two), Reason::Zip { .. });
     assert_reason!(refused(zip(&[data()])), Reason::StorageMissing);
     assert_reason!(refused(zip(&[stored("version", "3")])), Reason::Zip { .. });
@@ -482,19 +443,23 @@ fn archives_that_can_be_read_in_two_ways_are_refused() {
 #[test]
 fn checksums_and_sizes_are_compared() {
     let pickle = [b"\x80\x02", &named(&tensor(6, 0, &[6], &[1]))[..], b"."].concat();
-    let lying = Member("x/data.pkl".into(), pickle.clone(), true, Some(1));
+    let lying = |member| Member {
+        checksum: 1,
+        ..member
+    };
+    let wrong = lying(stored("data.pkl", &pickle));
     assert_reason!(
-        refused(zip(&[lying, stored("data/0", [1; 24])])),
+        refused(zip(&[wrong, stored("data/0", [1; 24])])),
         Reason::Checksum
     );
-    let packed = Member("x/data/0".into(), vec![1; 24], false, Some(1));
+    let packed = lying(deflated("data/0", [1; 24]));
     assert_reason!(
         refused(zip(&[stored("data.pkl", &pickle), packed])),
         Reason::Checksum
     );
     // The data that stay in the file are compared by `check`, and before a merge.
     let room = Room::new();
-    let wrong = Member("x/data/0".into(), vec![1; 24], true, Some(1));
+    let wrong = lying(stored("data/0", [1; 24]));
     let path = room.write("x.bin", zip(&[stored("data.pkl", &pickle), wrong]));
     let file = TensorFile::open(&path).unwrap();
     let error = file.verify().unwrap_err();
@@ -506,15 +471,14 @@ fn checksums_and_sizes_are_compared() {
     );
     // Compressed members that are larger or smaller than they claim, and bombs.
     for claim in [0, 23, 25, 1 << 26] {
-        let packed = Member("x/data/0".into(), vec![1; 24], false, None);
-        let plain = stored("data.pkl", &pickle);
-        let bytes = zip_claiming(
-            &[plain, packed],
-            |size| if size == 24 { claim } else { size },
-        );
-        assert_eq!(refused(bytes).kind(), Kind::Malformed);
+        let packed = Member {
+            size: claim,
+            ..deflated("data/0", [1; 24])
+        };
+        let error = refused(zip(&[stored("data.pkl", &pickle), packed]));
+        assert_reason!(error, Reason::StorageSize { .. });
     }
-    let bomb = Member("x/data.pkl".into(), vec![b'N'; 130 << 20], false, None);
+    let bomb = deflated("data.pkl", vec![b'N'; 130 << 20]);
     assert_eq!(refused(zip(&[bomb])).kind(), Kind::Limit);
 }
 
