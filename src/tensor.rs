@@ -113,7 +113,7 @@ pub struct Tensor {
     pub length: u64,
     /// The bytes themselves, where they do not lie in the file as they are (compressed or strided
     /// members of archives); otherwise `offset` says where they lie.
-    pub memory: Option<Arc<[u8]>>,
+    pub memory: Option<Arc<Vec<u8>>>,
     /// What makes the bytes, where they follow from other tensors.
     pub made: Option<Made>,
 }
@@ -157,7 +157,7 @@ impl Tensor {
         let Some(made) = &self.made else {
             return Ok(Cow::Borrowed(self));
         };
-        let memory = Some(Arc::from(made()?));
+        let memory = Some(Arc::new(made()?));
         Ok(Cow::Owned(Tensor {
             memory,
             made: None,

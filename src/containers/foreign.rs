@@ -11,8 +11,10 @@ use crate::mapped::Input;
 /// What a file is, if it is plainly no file of tensors at all.
 pub(super) fn not_a_tensor_file(head: &[u8]) -> Option<Reason> {
     let text = head.trim_ascii_start();
-    let starts =
-        |with: &[u8]| text.len() >= with.len() && text[..with.len()].eq_ignore_ascii_case(with);
+    let starts = |with: &[u8]| {
+        let start = text.get(..with.len());
+        start.is_some_and(|start| start.eq_ignore_ascii_case(with))
+    };
     if head.is_empty() {
         Some(Reason::Empty)
     } else if head.starts_with(b"version https://git-lfs.github.com/spec/") {
@@ -23,7 +25,9 @@ pub(super) fn not_a_tensor_file(head: &[u8]) -> Option<Reason> {
         // A safetensors file whose length starts with the byte of `{` would have a header of 123
         // bytes modulo 256; its ninth byte is `{` as well, which no JSON text has there by chance
         // often enough to matter. Both are asked.
-        let binary = head.len() >= 9 && head[8] == b'{' && head[3..8].contains(&0);
+        let binary = head
+            .get(3..9)
+            .is_some_and(|bytes| bytes.ends_with(b"{") && bytes.contains(&0));
         (!binary).then_some(Reason::Json)
     } else {
         None

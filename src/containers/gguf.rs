@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
+use super::{Container, Directory, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{DType, Tensor, elements};
@@ -21,6 +21,9 @@ const HEADER_LIMIT: u64 = 100_000_000;
 /// Most tensors of a file.
 const TENSOR_LIMIT: usize = 200_000;
 
+/// Most dimensions of a tensor (`ggml.h`, `GGML_MAX_DIMS`).
+const DIMENSION_LIMIT: usize = 4;
+
 /// Most keys of the metadata.
 const KEY_LIMIT: usize = 65_536;
 
@@ -29,6 +32,9 @@ const ELEMENT_LIMIT: usize = 10_000_000;
 
 /// Most arrays in one another; ggml itself writes none in another.
 const DEPTH_LIMIT: usize = 4;
+
+/// Bytes that are read at a time.
+const PIECE: u64 = 64 << 10;
 
 /// Alignment of tensors where the metadata names none.
 const ALIGNMENT: u64 = 32;
@@ -120,7 +126,6 @@ impl<'a> Reader<'a> {
     }
 
     fn bytes(&mut self, length: u64) -> Result<&[u8]> {
-        const PIECE: u64 = 64 << 10;
         let at = self.at;
         self.skip(length)?;
         if at < self.start || self.at > self.start + self.buffer.len() as u64 {
@@ -129,8 +134,12 @@ impl<'a> Reader<'a> {
             self.input.read_at(&mut self.buffer, at)?;
             self.start = at;
         }
-        let from = (at - self.start) as usize;
-        Ok(&self.buffer[from..from + length as usize])
+        let taken = self.buffer.get((at - self.start) as usize..);
+        let taken = taken.and_then(|rest| rest.get(..length as usize));
+        taken.ok_or_else(|| {
+            let length = self.input.len();
+            Error::new(Reason::HeaderCut { length })
+        })
     }
 
     fn u32(&mut self) -> Result<u32> {
@@ -158,26 +167,38 @@ impl<'a> Reader<'a> {
 
     fn text(&mut self) -> Result<String> {
         let length = self.u64()?;
-        let at = self.at as usize;
-        let text = std::str::from_utf8(self.bytes(length)?);
-        text.map(str::to_owned).map_err(|e| {
+        self.text_of(length)
+    }
+
+    fn text_of(&mut self, length: u64) -> Result<String> {
+        let at = self.at;
+        let bytes = if length <= PIECE {
+            self.bytes(length)?.to_vec()
+        } else {
+            // Past the buffer: a long text is in memory once.
+            self.skip(length)?;
+            let mut bytes = vec![0; length as usize];
+            self.input.read_at(&mut bytes, at)?;
+            bytes
+        };
+        String::from_utf8(bytes).map_err(|e| {
             Error::new(Reason::NotUtf8 {
-                at: at + e.valid_up_to(),
+                at: at as usize + e.utf8_error().valid_up_to(),
             })
         })
     }
 
     fn name(&mut self) -> Result<String> {
-        let name = self.text()?;
-        if name.len() > NAME_LIMIT {
-            return Err(Error::new(Reason::NameTooLong {
-                bytes: name.len(),
-                limit: NAME_LIMIT,
-            }));
-        }
-        match name.is_empty() {
-            true => Err(Error::new(Reason::EmptyName)),
-            false => Ok(name),
+        match self.u64()? {
+            0 => Err(Error::new(Reason::EmptyName)),
+            length if length <= NAME_LIMIT as u64 => self.text_of(length),
+            length => {
+                self.skip(length)?;
+                Err(Error::new(Reason::NameTooLong {
+                    bytes: length as usize,
+                    limit: NAME_LIMIT,
+                }))
+            }
         }
     }
 
@@ -197,9 +218,9 @@ impl<'a> Reader<'a> {
             4 => number!(u32),
             5 => number!(i32),
             6 => number!(f32),
-            7 => match self.bytes(1)?[0] {
-                0 => "false".to_owned(),
-                1 => "true".to_owned(),
+            7 => match self.bytes(1)? {
+                [0] => "false".to_owned(),
+                [1] => "true".to_owned(),
                 _ => return Err(structure("a truth value is neither 0 nor 1")),
             },
             8 => self.text()?,

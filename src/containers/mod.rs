@@ -2,6 +2,9 @@
 //!
 //! [`CONTAINERS`] is the only list: the bytes of a file, never its name, decide which one opens it.
 
+// Every number in a file may lie: what it selects is asked for, never taken for granted.
+#![deny(clippy::indexing_slicing, clippy::string_slice)]
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +16,7 @@ mod foreign;
 mod gguf;
 mod numpy;
 pub mod safetensors;
+mod strided;
 mod torch;
 mod zip;
 
@@ -112,7 +116,7 @@ impl TensorFile {
             .map_err(|e| e.in_file(input.path()))?;
         let tensors = &directory.tensors;
         let mut by_name: Vec<usize> = (0..tensors.len()).collect();
-        by_name.sort_unstable_by(|a, b| tensors[*a].name.cmp(&tensors[*b].name));
+        by_name.sort_by_key(|place| name_at(tensors, *place));
         Ok(TensorFile {
             input,
             container,
@@ -135,7 +139,11 @@ impl TensorFile {
         let tensors = &self.directory.tensors;
         let place = self
             .by_name
-            .binary_search_by(|place| tensors[*place].name.as_str().cmp(name));
-        place.ok().map(|place| &tensors[self.by_name[place]])
+            .binary_search_by_key(&Some(name), |place| name_at(tensors, *place));
+        tensors.get(*self.by_name.get(place.ok()?)?)
     }
+}
+
+fn name_at(tensors: &[Tensor], place: usize) -> Option<&str> {
+    tensors.get(place).map(|tensor| tensor.name.as_str())
 }

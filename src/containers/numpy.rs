@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use super::strided::gather;
 use super::zip::{Archive, MEMORY_LIMIT, Member, beyond_memory, first_name};
 use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
@@ -44,7 +45,7 @@ impl Container for Npy {
         let tensor = if header.fortran {
             spend(&mut memory_left, length)?;
             let bytes = input.read_all(length)?;
-            header.tensor(ONLY, &input, 0, length, Some(&bytes))?
+            header.tensor(ONLY, &input, 0, length, Some(bytes))?
         } else {
             header.tensor(ONLY, &input, 0, length, None)?
         };
@@ -105,7 +106,7 @@ fn open_member(archive: &Archive, member: &Member, memory_left: &mut u64) -> Res
     if member.deflated {
         let bytes = archive.bytes(member, memory_left)?;
         let header = Header::read(&bytes, member.size)?;
-        return header.tensor(name, input, member.start, member.size, Some(&bytes));
+        return header.tensor(name, input, member.start, member.size, Some(bytes));
     }
     let mut head = vec![0; member.size.min(HEADER_LIMIT + 12) as usize];
     // Most headers are short; a file of many small arrays is read once per array.
@@ -118,7 +119,7 @@ fn open_member(archive: &Archive, member: &Member, memory_left: &mut u64) -> Res
     let header = Header::read(&head, member.size)?;
     if header.fortran {
         let bytes = archive.bytes(member, memory_left)?;
-        return header.tensor(name, input, member.start, member.size, Some(&bytes));
+        return header.tensor(name, input, member.start, member.size, Some(bytes));
     }
     header.tensor(name, input, member.start, member.size, None)
 }
@@ -212,7 +213,7 @@ impl Header {
         input: &Arc<Input>,
         offset: u64,
         length: u64,
-        bytes: Option<&[u8]>,
+        bytes: Option<Vec<u8>>,
     ) -> Result<Tensor> {
         let size = self.dtype.bitsize() / 8;
         let fail = |reason| Err(Error::new(reason).on(name));
@@ -226,13 +227,10 @@ impl Header {
                 found,
             });
         }
-        let memory: Option<Arc<[u8]>> = bytes.map(|bytes| {
-            let data = &bytes[self.data as usize..];
-            match self.fortran && self.shape.len() > 1 {
-                true => outermost_first(data, &self.shape, size).into(),
-                false => data.into(),
-            }
-        });
+        let memory = match bytes {
+            Some(bytes) => Some(Arc::new(self.unpacked(bytes, size)?)),
+            None => None,
+        };
         Ok(Tensor {
             name: name.to_owned(),
             dtype: self.dtype,
@@ -248,32 +246,26 @@ impl Header {
             made: None,
         })
     }
-}
 
-/// Elements in Fortran order, the first index fastest, in the order of a tensor, the last one fastest.
-fn outermost_first(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
-    let mut ordered = Vec::with_capacity(data.len());
-    let mut strides = Vec::with_capacity(shape.len());
-    let mut stride = size;
-    for length in shape {
-        strides.push(stride);
-        stride *= length.max(&1);
-    }
-    let mut index = vec![0; shape.len()];
-    let mut at = 0;
-    while ordered.len() < data.len() {
-        ordered.extend_from_slice(&data[at..at + size]);
-        for axis in (0..shape.len()).rev() {
-            index[axis] += 1;
-            at += strides[axis];
-            if index[axis] < shape[axis] {
-                break;
-            }
-            at -= strides[axis] * shape[axis];
-            index[axis] = 0;
+    /// The elements alone, in the order of a tensor.
+    fn unpacked(&self, mut bytes: Vec<u8>, size: usize) -> Result<Vec<u8>> {
+        let start = self.data as usize;
+        if !self.fortran || self.shape.len() < 2 {
+            bytes.drain(..start.min(bytes.len()));
+            return Ok(bytes);
         }
+        // The first index is the fastest.
+        let mut stride = size;
+        let axes = self.shape.iter().map(|length| {
+            let axis = (*length, stride);
+            stride *= length.max(&1);
+            axis
+        });
+        gather(&bytes, start, &axes.collect::<Vec<_>>(), size).ok_or_else(|| {
+            let length = bytes.len() as u64;
+            Error::new(Reason::HeaderCut { length })
+        })
     }
-    ordered
 }
 
 /// What is left of the text of a header.
@@ -339,13 +331,12 @@ impl<'a> Literal<'a> {
             self.expect("\"")?;
             '"'
         };
-        let text = self.0;
-        let end = text
-            .find([quote, '\\'])
-            .filter(|end| text[*end..].starts_with(quote))
+        let text = self.0.split_once(quote);
+        let (text, rest) = text
+            .filter(|(text, _)| !text.contains('\\'))
             .ok_or_else(|| malformed("a text in the array's header does not end"))?;
-        self.0 = &text[end + 1..];
-        Ok(&text[..end])
+        self.0 = rest;
+        Ok(text)
     }
 
     fn boolean(&mut self) -> Result<bool> {

@@ -41,7 +41,7 @@ impl Container for Safetensors {
             }),
             Some(_) => false,
             // Cut inside the length, past the part that can tell.
-            None => head.len() > 4 && head[4..].iter().all(|byte| *byte == 0),
+            None => head.len() > 4 && head.iter().skip(4).all(|byte| *byte == 0),
         }
     }
 

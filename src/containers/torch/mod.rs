@@ -96,7 +96,7 @@ impl Container for TorchZip {
             };
             check_size(storage, member.size).map_err(|e| e.on(name))?;
             storages.push(if member.deflated {
-                Bytes::Memory(archive.bytes(member, &mut budget)?.into())
+                Bytes::Memory(Arc::new(archive.bytes(member, &mut budget)?))
             } else {
                 Bytes::File {
                     start: member.start,
@@ -113,7 +113,7 @@ impl Container for TorchZip {
 }
 
 /// Compares the length that a storage should have with the one that it has.
-fn check_size(storage: &pickle::Storage, found: u64) -> Result<()> {
+fn check_size(storage: &pickle::Storage<'_>, found: u64) -> Result<()> {
     match storage.count.checked_mul(storage.size()) {
         Some(expected) if expected == found => Ok(()),
         expected => Err(Error::new(Reason::StorageSize {
@@ -194,16 +194,19 @@ fn legacy(text: &[u8], input: &Arc<Input>) -> Result<Directory> {
         .storages
         .iter()
         .enumerate()
-        .map(|(number, storage)| (storage.key.as_str(), number))
+        .map(|(number, storage)| (storage.key, number))
         .collect();
     let mut places = vec![None; object.storages.len()];
     let mut at = keys.end as u64;
     for key in list {
         let number = keys.text(*key).and_then(|key| numbers.get(key));
-        let Some(number) = number else {
+        let storage = number.and_then(|number| {
+            let place = places.get_mut(*number)?;
+            Some((object.storages.get(*number)?, place))
+        });
+        let Some((storage, found)) = storage else {
             return wrong(object.end, "a storage that nothing refers to");
         };
-        let storage = &object.storages[*number];
         let fail = |reason| Err(Error::new(reason).on(format!("storage {}", storage.key)));
         let mut count = [0; 8];
         let left = input.len() - at;
@@ -225,7 +228,7 @@ fn legacy(text: &[u8], input: &Arc<Input>) -> Result<Directory> {
             start: at + 8,
             length,
         };
-        if places[*number].replace(place).is_some() {
+        if found.replace(place).is_some() {
             return wrong(object.end, "a storage that is there twice");
         }
         at += 8 + length;

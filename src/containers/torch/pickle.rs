@@ -5,19 +5,16 @@
 //! other by number: sharing costs nothing, cycles are harmless, and nothing recurses when it is dropped.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
+use crate::containers::DIMENSION_LIMIT;
 use crate::error::{Error, Reason, Result};
 use crate::tensor::DType;
 
 /// Most instructions of one pickle.
 pub(super) const INSTRUCTION_LIMIT: usize = 1_000_000;
 
-/// Longest module or class name.
-const GLOBAL_LIMIT: usize = 256;
-
-/// Most dimensions of a tensor, as in safetensors.
-const DIMENSION_LIMIT: usize = 8;
+/// Longest name of a module or class, and longest key of a storage.
+const WORD_LIMIT: usize = 256;
 
 /// A value: small ones themselves, the others by their number in the arena.
 #[derive(Clone, Copy, Debug)]
@@ -32,9 +29,9 @@ pub(super) enum Value {
 
 /// What lies in the arena.
 #[derive(Debug)]
-pub(super) enum Object {
-    /// A text: where it lies in the pickle.
-    Text(Range<usize>),
+pub(super) enum Object<'a> {
+    /// A text, which lies in the pickle.
+    Text(&'a str),
     /// Bytes: how many.
     Bytes(usize),
     Tuple(Vec<Value>),
@@ -120,16 +117,16 @@ const GLOBALS: &[(&str, &str, Global)] = &[
 
 /// A run of elements that a pickle refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Storage {
+pub(super) struct Storage<'a> {
     /// Its key: a number in practice.
-    pub(super) key: String,
+    pub(super) key: &'a str,
     /// Type of its elements; none where it is only bytes.
     pub(super) dtype: Option<DType>,
     /// Number of elements, or of bytes.
     pub(super) count: u64,
 }
 
-impl Storage {
+impl Storage<'_> {
     /// Bytes of one element.
     pub(super) fn size(&self) -> u64 {
         self.dtype.map_or(1, |dtype| dtype.bitsize() as u64 / 8)
@@ -151,9 +148,9 @@ pub(super) struct View {
 #[derive(Debug)]
 pub(super) struct Pickle<'a> {
     bytes: &'a [u8],
-    pub(super) objects: Vec<Object>,
-    pub(super) storages: Vec<Storage>,
-    by_key: HashMap<String, usize>,
+    objects: Vec<Object<'a>>,
+    pub(super) storages: Vec<Storage<'a>>,
+    by_key: HashMap<&'a str, usize>,
     pub(super) result: Value,
     /// The first byte behind it.
     pub(super) end: usize,
@@ -187,7 +184,7 @@ impl<'a> Pickle<'a> {
     }
 
     /// An object, where the value is one.
-    pub(super) fn object(&self, value: Value) -> Option<&Object> {
+    pub(super) fn object(&self, value: Value) -> Option<&Object<'a>> {
         match value {
             Value::Object(number) => self.objects.get(number),
             _ => None,
@@ -197,7 +194,7 @@ impl<'a> Pickle<'a> {
     /// A text, where the value is one.
     pub(super) fn text(&self, value: Value) -> Option<&'a str> {
         match self.object(value)? {
-            Object::Text(range) => std::str::from_utf8(self.bytes.get(range.clone())?).ok(),
+            Object::Text(text) => Some(text),
             _ => None,
         }
     }
@@ -227,7 +224,8 @@ impl<'a> Machine<'a> {
         }
         for _ in 0..INSTRUCTION_LIMIT {
             self.started = self.at;
-            if self.byte()? == b'.' {
+            let instruction = self.byte()?;
+            if instruction == b'.' {
                 let result = self.pop()?;
                 if !self.stack.is_empty() || !self.marks.is_empty() {
                     return self.wrong("values are left over at its end");
@@ -236,7 +234,7 @@ impl<'a> Machine<'a> {
                 self.pickle.end = self.at;
                 return Ok(());
             }
-            self.step(self.pickle.bytes[self.started])?;
+            self.step(instruction)?;
         }
         Err(Error::new(Reason::TooMany {
             what: "instructions in the pickle",
@@ -249,7 +247,7 @@ impl<'a> Machine<'a> {
             // FRAME: where a buffered reader may stop; only its length can be wrong.
             0x95 => {
                 let length = self.number(8)?;
-                if length > (self.pickle.bytes.len() - self.at) as u64 {
+                if length > self.left().len() as u64 {
                     return Err(Error::new(Reason::PickleCut));
                 }
             }
@@ -272,9 +270,8 @@ impl<'a> Machine<'a> {
                 self.long(length)?;
             }
             b'G' => {
-                let bytes = self.take(8)?;
-                let bytes = bytes.try_into().expect("eight bytes were taken");
-                self.stack.push(Value::Float(f64::from_be_bytes(bytes)));
+                let value = f64::from_bits(self.number(8)?.swap_bytes());
+                self.stack.push(Value::Float(value));
             }
             // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8, SHORT_BINSTRING, BINSTRING
             0x8c | b'U' => self.text(1)?,
@@ -387,14 +384,17 @@ impl<'a> Machine<'a> {
     }
 
     fn byte(&mut self) -> Result<u8> {
-        Ok(self.take(1)?[0])
+        Ok(self.number(1)? as u8)
+    }
+
+    fn left(&self) -> &'a [u8] {
+        self.pickle.bytes.get(self.at..).unwrap_or_default()
     }
 
     fn take(&mut self, count: u64) -> Result<&'a [u8]> {
-        let left = &self.pickle.bytes[self.at..];
         let taken = usize::try_from(count)
             .ok()
-            .and_then(|count| left.get(..count));
+            .and_then(|count| self.left().get(..count));
         let taken = taken.ok_or_else(|| Error::new(Reason::PickleCut))?;
         self.at += taken.len();
         Ok(taken)
@@ -402,10 +402,8 @@ impl<'a> Machine<'a> {
 
     /// An unsigned number of one to eight bytes.
     fn number(&mut self, size: u64) -> Result<u64> {
-        let mut bytes = [0; 8];
-        let taken = self.take(size)?;
-        bytes[..taken.len()].copy_from_slice(taken);
-        Ok(u64::from_le_bytes(bytes))
+        let bytes = self.take(size)?.iter().rev();
+        Ok(bytes.fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
     fn integer(&mut self, size: u64) -> Result<()> {
@@ -423,19 +421,19 @@ impl<'a> Machine<'a> {
             .last()
             .map_or(0, |last| if *last >= 0x80 { 0xff } else { 0 });
         let mut bytes = [sign; 16];
-        bytes[..taken.len()].copy_from_slice(taken);
+        for (byte, taken) in bytes.iter_mut().zip(taken) {
+            *byte = *taken;
+        }
         self.stack.push(Value::Int(i128::from_le_bytes(bytes)));
         Ok(())
     }
 
     fn text(&mut self, size: u64) -> Result<()> {
         let length = self.number(size)?;
-        let start = self.at;
-        let taken = self.take(length)?;
-        if std::str::from_utf8(taken).is_err() {
+        let Ok(text) = std::str::from_utf8(self.take(length)?) else {
             return self.wrong("a text is not valid UTF-8");
-        }
-        self.object(Object::Text(start..self.at));
+        };
+        self.object(Object::Text(text));
         Ok(())
     }
 
@@ -447,22 +445,22 @@ impl<'a> Machine<'a> {
     }
 
     fn line(&mut self) -> Result<&'a str> {
-        let left = &self.pickle.bytes[self.at..];
-        let window = &left[..left.len().min(GLOBAL_LIMIT + 1)];
-        let Some(end) = window.iter().position(|byte| *byte == b'\n') else {
-            if window.len() == left.len() {
+        let mut window = self.left().iter().take(WORD_LIMIT + 1);
+        let Some(end) = window.position(|byte| *byte == b'\n') else {
+            if self.left().len() <= WORD_LIMIT {
                 return Err(Error::new(Reason::PickleCut));
             }
             return self.wrong("a name is too long");
         };
-        self.at += end + 1;
-        match std::str::from_utf8(&window[..end]) {
+        let line = self.take(end as u64)?;
+        self.at += 1;
+        match std::str::from_utf8(line) {
             Ok(text) => Ok(text),
             Err(_) => self.wrong("a name is not valid UTF-8"),
         }
     }
 
-    fn object(&mut self, object: Object) {
+    fn object(&mut self, object: Object<'a>) {
         self.stack.push(Value::Object(self.pickle.objects.len()));
         self.pickle.objects.push(object);
     }
@@ -500,13 +498,13 @@ impl<'a> Machine<'a> {
     }
 
     fn put_items(&mut self, items: Vec<Value>) -> Result<()> {
-        if !items.len().is_multiple_of(2) {
+        let (pairs, []) = items.as_chunks() else {
             return self.wrong("a key without a value");
-        }
+        };
         if let Value::Object(number) = self.top()?
             && let Some(Object::Dict(dict)) = self.pickle.objects.get_mut(number)
         {
-            dict.extend(items.chunks_exact(2).map(|pair| (pair[0], pair[1])));
+            dict.extend(pairs.iter().map(|[key, value]| (*key, *value)));
             return Ok(());
         }
         self.wrong("an item for what is no dictionary")
@@ -529,7 +527,7 @@ impl<'a> Machine<'a> {
     fn global(&mut self, module: &str, name: &str) -> Result<()> {
         let known = GLOBALS.iter().find(|(m, n, _)| (*m, *n) == (module, name));
         let Some((_, _, global)) = known else {
-            let short = |text: &str| text.chars().take(GLOBAL_LIMIT).collect::<String>();
+            let short = |text: &str| text.chars().take(WORD_LIMIT).collect::<String>();
             return Err(Error::new(Reason::PickleName {
                 name: format!("{}.{}", short(module), short(name)),
             }));
@@ -556,10 +554,10 @@ impl<'a> Machine<'a> {
                 return None;
             };
             self.pickle.text(*device)?;
-            Some(Storage {
-                key: (self.pickle.text(*kind)? == "storage")
-                    .then(|| self.pickle.text(*key))?
-                    .map(str::to_owned)?,
+            let key = self.pickle.text(*key)?;
+            let sound = self.pickle.text(*kind)? == "storage" && key.len() <= WORD_LIMIT;
+            sound.then_some(Storage {
+                key,
                 dtype: *dtype,
                 count: u64::try_from(*count).ok()?,
             })
@@ -567,12 +565,12 @@ impl<'a> Machine<'a> {
         let Some(storage) = storage else {
             return self.wrong("a reference that is no storage");
         };
-        let number = match self.pickle.by_key.get(&storage.key) {
-            Some(number) if self.pickle.storages[*number] == storage => *number,
+        let number = match self.pickle.by_key.get(storage.key) {
+            Some(number) if self.pickle.storages.get(*number) == Some(&storage) => *number,
             Some(_) => return self.wrong("one storage with two types or lengths"),
             None => {
                 let number = self.pickle.storages.len();
-                self.pickle.by_key.insert(storage.key.clone(), number);
+                self.pickle.by_key.insert(storage.key, number);
                 self.pickle.storages.push(storage);
                 number
             }
@@ -664,8 +662,8 @@ impl<'a> Machine<'a> {
         let Some(Object::Storage(storage)) = self.pickle.object(storage) else {
             return self.wrong("a tensor without a storage");
         };
-        let known = self.pickle.storages[*storage].dtype;
-        let dtype = match (known, dtype) {
+        let known = self.pickle.storages.get(*storage);
+        let dtype = match (known.and_then(|known| known.dtype), dtype) {
             (Some(known), None) => known,
             (None, Some(dtype)) => dtype,
             (Some(known), Some(dtype)) if known == dtype => dtype,

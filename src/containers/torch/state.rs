@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::beyond_memory;
 use super::pickle::{Object, Pickle, Value, View};
-use crate::containers::Directory;
 use crate::containers::safetensors::TENSOR_LIMIT;
+use crate::containers::strided::gather;
+use crate::containers::{Directory, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{DType, Tensor, elements};
@@ -17,11 +18,8 @@ const DEPTH_LIMIT: usize = 64;
 /// Most values that are looked at; shared ones count each time.
 const VALUE_LIMIT: usize = 1_000_000;
 
-/// Longest name of a tensor.
-const NAME_LIMIT: usize = 4096;
-
-/// Most bytes of all names and metadata together.
-const TEXT_LIMIT: usize = 64 << 20;
+/// Most bytes of all names and metadata together; those of dictionaries and lists count.
+const TEXT_LIMIT: usize = 32 << 20;
 
 /// Longest text that becomes metadata.
 const SMALL: usize = 4096;
@@ -30,7 +28,7 @@ const SMALL: usize = 4096;
 #[derive(Clone)]
 pub(super) enum Bytes {
     File { start: u64, length: u64 },
-    Memory(Arc<[u8]>),
+    Memory(Arc<Vec<u8>>),
 }
 
 impl Bytes {
@@ -44,7 +42,7 @@ impl Bytes {
 
 /// A dictionary or list that is being walked through.
 struct Frame {
-    object: usize,
+    object: Value,
     next: usize,
     /// How long the name was outside.
     prefix: usize,
@@ -88,26 +86,26 @@ impl Walk<'_> {
     fn all(&mut self) -> Result<()> {
         let mut name = String::new();
         let mut frames: Vec<Frame> = Vec::new();
-        match self.pickle.result {
+        let root = self.pickle.result;
+        match self.pickle.object(root) {
             // A tensor alone is a list of one.
-            root @ Value::Object(number) => match &self.pickle.objects[number] {
-                Object::Tensor(view) => return self.tensor("0", view),
-                Object::Dict(_) | Object::List(_) | Object::Tuple(_) => frames.push(Frame {
-                    object: number,
-                    next: 0,
-                    prefix: 0,
-                }),
-                _ => return self.plain("value", root),
-            },
-            root => return self.plain("value", root),
+            Some(Object::Tensor(view)) => return self.tensor("0", view),
+            Some(Object::Dict(_) | Object::List(_) | Object::Tuple(_)) => frames.push(Frame {
+                object: root,
+                next: 0,
+                prefix: 0,
+            }),
+            _ => return self.plain("value", root),
         }
         let mut values = 0;
         while let Some(frame) = frames.last_mut() {
             let (place, prefix) = (frame.next, frame.prefix);
             frame.next += 1;
-            let value = match &self.pickle.objects[frame.object] {
-                Object::Dict(items) => items.get(place).map(|(key, value)| (Some(*key), *value)),
-                Object::List(items) | Object::Tuple(items) => {
+            let value = match self.pickle.object(frame.object) {
+                Some(Object::Dict(items)) => {
+                    items.get(place).map(|(key, value)| (Some(*key), *value))
+                }
+                Some(Object::List(items) | Object::Tuple(items)) => {
                     items.get(place).map(|value| (None, *value))
                 }
                 _ => None,
@@ -147,17 +145,15 @@ impl Walk<'_> {
                     limit: NAME_LIMIT,
                 }));
             }
-            match (value, self.pickle.object(value)) {
-                (_, Some(Object::Tensor(view))) => self.tensor(&name, view)?,
-                (
-                    Value::Object(object),
-                    Some(Object::Dict(_) | Object::List(_) | Object::Tuple(_)),
-                ) => {
+            self.count_text(name.len())?;
+            match self.pickle.object(value) {
+                Some(Object::Tensor(view)) => self.tensor(&name, view)?,
+                Some(Object::Dict(_) | Object::List(_) | Object::Tuple(_)) => {
                     if frames.len() >= DEPTH_LIMIT {
                         return Err(Error::new(Reason::TooDeep { limit: DEPTH_LIMIT }));
                     }
                     frames.push(Frame {
-                        object,
+                        object: value,
                         next: 0,
                         prefix: outside,
                     });
@@ -171,23 +167,27 @@ impl Walk<'_> {
     }
 
     /// Takes a name, which must be new.
-    fn take(&mut self, name: &str, count: usize, text: usize) -> Result<()> {
+    fn take(&mut self, name: &str, count: usize) -> Result<()> {
         if count >= TENSOR_LIMIT {
             return Err(Error::new(Reason::TooMany {
                 what: "tensors",
                 limit: TENSOR_LIMIT,
             }));
         }
-        self.text += name.len() + text;
+        if !self.seen.insert(name.to_owned()) {
+            let key = name.to_owned();
+            return Err(Error::new(Reason::DuplicateKey { key }));
+        }
+        Ok(())
+    }
+
+    fn count_text(&mut self, bytes: usize) -> Result<()> {
+        self.text += bytes;
         if self.text > TEXT_LIMIT {
             return Err(Error::new(Reason::TooMany {
                 what: "bytes of names",
                 limit: TEXT_LIMIT,
             }));
-        }
-        if !self.seen.insert(name.to_owned()) {
-            let key = name.to_owned();
-            return Err(Error::new(Reason::DuplicateKey { key }));
         }
         Ok(())
     }
@@ -200,21 +200,22 @@ impl Walk<'_> {
             (Value::Int(value), _) => value.to_string(),
             (Value::Float(value), _) => value.to_string(),
             (Value::Global(global), _) => format!("{global:?}"),
-            (_, Some(Object::Text(range))) if range.len() > SMALL => {
-                format!("(a text of {} bytes)", range.len())
+            (_, Some(Object::Text(text))) if text.len() > SMALL => {
+                format!("(a text of {} bytes)", text.len())
             }
-            (_, Some(Object::Text(_))) => self.pickle.text(value).unwrap_or_default().to_owned(),
+            (_, Some(Object::Text(text))) => (*text).to_owned(),
             (_, Some(Object::Bytes(count))) => format!("({count} bytes)"),
             (_, Some(Object::Device)) => "(a device)".to_owned(),
             _ => "(a storage)".to_owned(),
         };
-        self.take(name, self.directory.metadata.len(), shown.len())?;
+        self.count_text(shown.len())?;
+        self.take(name, self.directory.metadata.len())?;
         self.directory.metadata.push((name.to_owned(), shown));
         Ok(())
     }
 
     fn tensor(&mut self, name: &str, view: &View) -> Result<()> {
-        self.take(name, self.directory.tensors.len(), 0)?;
+        self.take(name, self.directory.tensors.len())?;
         let placed = self.place(name, view).map_err(|e| e.on(name))?;
         self.directory.tensors.push(placed);
         Ok(())
@@ -222,7 +223,14 @@ impl Walk<'_> {
 
     /// Compares a tensor with its storage; what does not lie there in one piece is gathered.
     fn place(&mut self, name: &str, view: &View) -> Result<Tensor> {
-        let bytes = &self.storages[view.storage];
+        let Some(bytes) = self.storages.get(view.storage) else {
+            return Err(Error::new(Reason::StorageMissing));
+        };
+        let outside = || {
+            Error::new(Reason::OutsideStorage {
+                bytes: bytes.length(),
+            })
+        };
         let size = view.dtype.bitsize() as u64 / 8;
         let overflow = || {
             Error::new(Reason::ShapeOverflow {
@@ -244,11 +252,7 @@ impl Walk<'_> {
         match end {
             _ if count == 0 => {}
             Some(end) if end <= bytes.length() => {}
-            _ => {
-                return Err(Error::new(Reason::OutsideStorage {
-                    bytes: bytes.length(),
-                }));
-            }
+            _ => return Err(outside()),
         }
         let mut tensor = Tensor {
             name: name.to_owned(),
@@ -270,7 +274,8 @@ impl Walk<'_> {
                     bytes.clone()
                 } else {
                     self.spend(length)?;
-                    bytes[first as usize..(first + length) as usize].into()
+                    let piece = bytes.get(first as usize..(first + length) as usize);
+                    Arc::new(piece.ok_or_else(outside)?.to_vec())
                 });
             }
             return Ok(tensor);
@@ -292,7 +297,12 @@ impl Walk<'_> {
             },
             made: None,
         };
-        tensor.memory = Some(gather(view, &whole.bytes()?, size as usize).into());
+        let axes = view.shape.iter().zip(&view.strides);
+        let axes: Vec<_> = axes
+            .map(|(length, stride)| (*length, (*stride as usize).wrapping_mul(size as usize)))
+            .collect();
+        let gathered = gather(&whole.bytes()?, first as usize, &axes, size as usize);
+        tensor.memory = Some(Arc::new(gathered.ok_or_else(outside)?));
         Ok(tensor)
     }
 
@@ -316,27 +326,4 @@ fn is_contiguous(view: &View) -> bool {
         expected *= *size as u64;
     }
     true
-}
-
-/// The elements in the order of their indices. Every one of them was found to lie in `bytes`.
-fn gather(view: &View, bytes: &[u8], size: usize) -> Vec<u8> {
-    let count: usize = view.shape.iter().product();
-    let mut gathered = Vec::with_capacity(count * size);
-    let mut index = vec![0usize; view.shape.len()];
-    let mut at = view.offset as usize * size;
-    for _ in 0..count {
-        gathered.extend_from_slice(&bytes[at..at + size]);
-        for axis in (0..index.len()).rev() {
-            // The stride of a dimension of one may be anything.
-            let step = (view.strides[axis] as usize).wrapping_mul(size);
-            index[axis] += 1;
-            if index[axis] < view.shape[axis] {
-                at += step;
-                break;
-            }
-            index[axis] = 0;
-            at -= step * (view.shape[axis] - 1);
-        }
-    }
-    gathered
 }
