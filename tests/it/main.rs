@@ -11,6 +11,7 @@ mod hostile_config;
 mod hostile_gguf;
 mod hostile_index;
 mod hostile_numpy;
+mod hostile_pickle;
 mod hostile_safetensors;
 mod hostile_support;
 mod hostile_zip;
