@@ -191,7 +191,14 @@ impl<'a> Reader<'a> {
     fn name(&mut self) -> Result<String> {
         match self.u64()? {
             0 => Err(Error::new(Reason::EmptyName)),
-            length if length <= NAME_LIMIT as u64 => self.text_of(length),
+            length if length <= NAME_LIMIT as u64 => {
+                let name = self.text_of(length)?;
+                match name.contains('\0') {
+                    // ggml ends a name there.
+                    true => Err(structure("a name holds a zero byte")),
+                    false => Ok(name),
+                }
+            }
             length => {
                 self.skip(length)?;
                 Err(Error::new(Reason::NameTooLong {

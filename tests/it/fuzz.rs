@@ -2,10 +2,7 @@
 //!
 //! Each target takes a moment here; `cargo bolero test fuzz::NAME` runs it for as long as one likes.
 
-use std::fs::File;
-use std::io::{Seek, SeekFrom, Write};
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
 
 use bolero::{TypeGenerator, check};
 use loratool::checkpoint::Checkpoint;
@@ -15,26 +12,8 @@ use loratool::json::{Value, parse_object};
 use loratool::{Error, printable, printable_json};
 
 use crate::hostile_support::{
-    Room, SMALL_CONFIG, assert_clean, assert_printable, file_of, small_adapter, tensors,
+    Room, SMALL_CONFIG, Slot, assert_clean, assert_printable, file_of, small_adapter, tensors,
 };
-
-/// A file that is written again and again, in place: anew would cost a flush each time.
-struct Slot(PathBuf, File);
-
-impl Slot {
-    fn new(room: &Room, name: &str) -> Self {
-        let path = room.write(name, "");
-        let file = File::options().write(true).open(&path).unwrap();
-        Slot(path, file)
-    }
-
-    fn put(&self, bytes: &[u8]) {
-        let mut file = &self.1;
-        file.set_len(bytes.len() as u64).unwrap();
-        file.seek(SeekFrom::Start(0)).unwrap();
-        file.write_all(bytes).unwrap();
-    }
-}
 
 /// A few changes to something sound: far more of the parser is reached than by noise.
 #[derive(Clone, Debug, TypeGenerator)]

@@ -1,11 +1,14 @@
 //! Files made by hand: right, wrong, and nearly right.
 
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use loratool::Error;
 use loratool::containers::TensorFile;
+use loratool::tensor::DType;
+use loratool::{Error, Kind};
 
 /// Asserts the reason of an error by pattern, and that its exit code is one of the documented ones.
 macro_rules! assert_reason {
@@ -284,4 +287,138 @@ pub(crate) fn refused_as(name: &str, bytes: impl AsRef<[u8]>) -> Error {
     assert!(error.file().is_some(), "{error:?}");
     assert_printable(&error);
     error
+}
+
+/// A file that is written again and again, in place: anew would cost a flush each time.
+pub(crate) struct Slot(pub(crate) PathBuf, File);
+
+impl Slot {
+    pub(crate) fn new(room: &Room, name: &str) -> Self {
+        let path = room.write(name, "");
+        let file = File::options().write(true).open(&path).unwrap();
+        Slot(path, file)
+    }
+
+    pub(crate) fn put(&self, bytes: &[u8]) {
+        self.cut(bytes.len());
+        self.change(0, bytes);
+    }
+
+    pub(crate) fn cut(&self, length: usize) {
+        self.1.set_len(length as u64).unwrap();
+    }
+
+    pub(crate) fn change(&self, at: usize, bytes: &[u8]) {
+        let mut file = &self.1;
+        file.seek(SeekFrom::Start(at as u64)).unwrap();
+        file.write_all(bytes).unwrap();
+    }
+}
+
+/// What a file says: name, type, shape and bytes of each tensor, and the metadata.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Said {
+    tensors: Vec<(String, DType, Vec<usize>, Vec<u8>)>,
+    metadata: Vec<(String, String)>,
+}
+
+/// Opens a file of tensors, and compares it with the checksums that it states.
+pub(crate) fn said(path: &Path) -> loratool::Result<Said> {
+    let file = TensorFile::open(path)?;
+    file.verify()?;
+    let tensors = file.directory.tensors.iter().map(|tensor| {
+        let bytes = tensor.bytes().unwrap().into_owned();
+        assert_eq!(bytes.len() as u64, tensor.length, "{tensor:?}");
+        let bits = tensor.elements() * tensor.dtype.bitsize();
+        assert_eq!(bits, 8 * bytes.len(), "{tensor:?}");
+        let shape = tensor.shape.clone();
+        (tensor.name.clone(), tensor.dtype, shape, bytes)
+    });
+    Ok(Said {
+        tensors: tensors.collect(),
+        metadata: file.directory.metadata.clone(),
+    })
+}
+
+/// One thing that two files of the same kind say differently; of tensors and metadata the number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Difference {
+    Name(usize),
+    Type(usize),
+    Shape(usize),
+    Bytes(usize),
+    Key(usize),
+    Value(usize),
+    /// More or fewer tensors, or metadata.
+    Count,
+}
+
+impl Said {
+    fn differences(&self, other: &Said) -> Vec<Difference> {
+        let mut found = Vec::new();
+        let mut add = |same: bool, difference| {
+            if !same {
+                found.push(difference);
+            }
+        };
+        let (ours, theirs) = (&self.tensors, &other.tensors);
+        add(ours.len() == theirs.len(), Difference::Count);
+        for (number, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            add(ours.0 == theirs.0, Difference::Name(number));
+            add(ours.1 == theirs.1, Difference::Type(number));
+            add(ours.2 == theirs.2, Difference::Shape(number));
+            add(ours.3 == theirs.3, Difference::Bytes(number));
+        }
+        let (ours, theirs) = (&self.metadata, &other.metadata);
+        add(ours.len() == theirs.len(), Difference::Count);
+        for (number, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            add(ours.0 == theirs.0, Difference::Key(number));
+            add(ours.1 == theirs.1, Difference::Value(number));
+        }
+        found
+    }
+}
+
+/// Changes every byte of a sound file in several ways. Each file is refused, or says the same, or says
+/// something else that `explains` finds in the byte at this place. Returns how many were refused, how many
+/// said the same, and how many something else.
+pub(crate) fn change_every_byte(
+    whole: &[u8],
+    explains: impl Fn(usize, Difference) -> bool,
+) -> [usize; 3] {
+    let room = Room::new();
+    let slot = Slot::new(&room, "x");
+    slot.put(whole);
+    let before = said(&slot.0).unwrap();
+    let mut counts = [0; 3];
+    for (at, old) in whole.iter().enumerate() {
+        let flipped = (0..8).map(|bit| old ^ 1 << bit);
+        for value in flipped.chain([0, 0xff]).filter(|value| value != old) {
+            slot.change(at, &[value]);
+            match said(&slot.0) {
+                Err(error) => {
+                    assert_printable(&error);
+                    assert_eq!(error.file(), Some(&*slot.0), "{error:?}");
+                    let kind = error.kind();
+                    assert!(
+                        matches!(kind, Kind::Malformed | Kind::Unsupported | Kind::Limit),
+                        "{at}, {value}: {error:?}"
+                    );
+                    counts[0] += 1;
+                }
+                Ok(after) => {
+                    let differences = before.differences(&after);
+                    for difference in &differences {
+                        assert!(
+                            explains(at, *difference),
+                            "{at}, {value}: {difference:?} in {after:?}"
+                        );
+                    }
+                    counts[1 + usize::from(!differences.is_empty())] += 1;
+                }
+            }
+        }
+        slot.change(at, &[*old]);
+    }
+    counts
 }
