@@ -2,18 +2,23 @@
 //!
 //! Each target takes a moment here; `cargo bolero test fuzz::NAME` runs it for as long as one likes.
 
+use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::time::Duration;
 
 use bolero::{TypeGenerator, check};
 use loratool::checkpoint::Checkpoint;
 use loratool::containers::TensorFile;
 use loratool::formats::{Found, ReadOptions};
 use loratool::json::{Value, parse_object};
+use loratool::naming::{Resolution, Resolver};
 use loratool::{Error, printable, printable_json};
 
 use crate::hostile_support::{
-    Room, SMALL_CONFIG, Slot, assert_clean, assert_printable, file_of, small_adapter, tensors,
+    Member, Room, SMALL_CONFIG, Slot, assert_clean, assert_printable, cpu_time, file_of,
+    small_adapter, tensors, zip,
 };
+use crate::support::fixture;
 
 /// A few changes to something sound: far more of the parser is reached than by noise.
 #[derive(Clone, Debug, TypeGenerator)]
@@ -198,6 +203,411 @@ fn a_changed_file_of_tensors_is_refused_or_read_as_the_reference_reads_it() {
             };
             open_tensors(&slot, &bytes);
         });
+}
+
+/// A change to bytes rather than to text: a bit, or a number that may be a length or a place.
+#[derive(Clone, Debug, TypeGenerator)]
+enum Damage {
+    Change(Change),
+    Bit(u16, u8),
+    Number(u16, u8, u8),
+}
+
+fn damaged(sound: &[u8], damages: &[Damage]) -> Vec<u8> {
+    const NUMBERS: &[u64] = &[
+        0,
+        1,
+        8,
+        31,
+        0x7f,
+        0xff,
+        0x1000,
+        0xffff,
+        1 << 20,
+        i32::MAX as u64,
+        1 << 31,
+        u32::MAX as u64,
+        1 << 32,
+        1 << 61,
+        i64::MAX as u64,
+        1 << 63,
+        u64::MAX - 7,
+        u64::MAX,
+    ];
+    let mut bytes = sound.to_vec();
+    for damage in damages.iter().take(1 + damages.len() % 3) {
+        match damage {
+            Damage::Change(change) => bytes = changed(&bytes, std::slice::from_ref(change)),
+            Damage::Bit(place, bit) => {
+                let length = bytes.len().max(1);
+                if let Some(byte) = bytes.get_mut(usize::from(*place) % length) {
+                    *byte ^= 1 << (bit % 8);
+                }
+            }
+            Damage::Number(place, number, size) => {
+                let number = NUMBERS[usize::from(*number) % NUMBERS.len()].to_le_bytes();
+                let size = [1, 2, 4, 8][usize::from(size % 4)];
+                let start = usize::from(*place) % (bytes.len() + 1);
+                let end = bytes.len().min(start + size);
+                bytes[start..end].copy_from_slice(&number[..end - start]);
+            }
+        }
+    }
+    bytes
+}
+
+/// Opens a file of any container and, where it is accepted, reads all of it: each tensor has as many bytes as
+/// its shape and type, in the file or in memory, and a name of its own.
+fn open_any(slot: &Slot, bytes: &[u8]) -> bool {
+    slot.put(bytes);
+    let file = match TensorFile::open(&slot.0) {
+        Ok(file) => file,
+        Err(error) => {
+            assert_decent(&error);
+            return false;
+        }
+    };
+    let mut memory = HashMap::new();
+    for tensor in &file.directory.tensors {
+        assert!(!tensor.name.is_empty());
+        let bits = tensor.elements() * tensor.dtype.bitsize();
+        assert_eq!(bits as u64, 8 * tensor.length, "{tensor:?}");
+        match &tensor.memory {
+            Some(held) => drop(memory.insert(held.as_ptr(), held.len())),
+            None => assert!(
+                tensor.offset + tensor.length <= bytes.len() as u64,
+                "{tensor:?}"
+            ),
+        }
+        let read = tensor.bytes().unwrap();
+        assert_eq!(read.len() as u64, tensor.length, "{tensor:?}");
+        let found = file.tensor(&tensor.name).unwrap();
+        assert_eq!(found.bytes().unwrap(), read, "a name that is there twice");
+    }
+    // Several tensors may share a storage.
+    assert!(memory.values().sum::<usize>() <= 128 << 20);
+    if let Err(error) = file.verify() {
+        assert_decent(&error);
+    }
+    true
+}
+
+/// What a target does with one of several sound files and what is to be changed in it: the file is opened as
+/// it is then, or as `wrap` wraps it.
+fn opening(
+    sound: Vec<Vec<u8>>,
+    wrap: impl Fn(usize, Vec<u8>) -> Vec<u8>,
+) -> AssertUnwindSafe<impl Fn(&(u8, Vec<Damage>))> {
+    let room = Room::new();
+    let slot = Slot::new(&room, "x");
+    for (which, bytes) in sound.iter().enumerate() {
+        assert!(open_any(&slot, &wrap(which, bytes.clone())), "{which}");
+    }
+    AssertUnwindSafe(move |(which, damages): &(u8, Vec<Damage>)| {
+        // The folder lives as long as the target.
+        let _ = &room;
+        let which = usize::from(*which) % sound.len();
+        open_any(&slot, &wrap(which, damaged(&sound[which], damages)));
+    })
+}
+
+fn fixtures(names: &[&str]) -> Vec<Vec<u8>> {
+    let read = |name: &&str| std::fs::read(fixture(name)).unwrap();
+    names.iter().map(read).collect()
+}
+
+/// The stored members of a sound archive, by its directory.
+fn members(bytes: &[u8]) -> Vec<Member> {
+    let two = |at: usize| usize::from(u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap()));
+    let four = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let end = bytes.len() - 22;
+    let mut at = four(end + 16);
+    let mut members = Vec::new();
+    for _ in 0..two(end + 10) {
+        let (name, size, header) = (
+            &bytes[at + 46..][..two(at + 28)],
+            four(at + 24),
+            four(at + 42),
+        );
+        let start = header + 30 + two(header + 26) + two(header + 28);
+        members.push(Member::stored(name, &bytes[start..start + size]));
+        at += 46 + two(at + 28) + two(at + 30) + two(at + 32);
+    }
+    members
+}
+
+#[test]
+fn noise_behind_the_first_bytes_of_any_container_is_refused_or_read() {
+    let room = Room::new();
+    let slot = AssertUnwindSafe(Slot::new(&room, "x"));
+    let starts: &[&[u8]] = &[
+        b"",
+        b"GGUF\x03\0\0\0",
+        b"GGUF\x03\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0",
+        b"\x93NUMPY\x01\0",
+        b"\x93NUMPY\x01\0\x40\0{'descr': '<f4', ",
+        b"\x80\x02",
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02",
+        b"PK\x03\x04\x14\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x05\0\0\0a.npy",
+        b"PK\x05\x06",
+    ];
+    check!()
+        .with_iterations(4000)
+        .with_type::<(u8, Vec<u8>)>()
+        .for_each(|(start, noise)| {
+            let start = starts[usize::from(*start) % starts.len()];
+            open_any(&slot, &[start, noise].concat());
+            // The same noise as a pickle and as an array in a sound archive.
+            for name in ["x/data.pkl", "a.npy"] {
+                open_any(&slot, &zip(&[Member::stored(name, noise)]).bytes);
+            }
+        });
+}
+
+#[test]
+fn a_changed_archive_is_refused_or_read_whole() {
+    let sound = fixtures(&[
+        "torch/list.pt",
+        "torch/strides.deflated.pt",
+        "numpy/long.npz",
+        "numpy/streamed.npz",
+        "numpy/compressed.npz",
+    ]);
+    let open = opening(sound, |_, bytes| bytes);
+    check!()
+        .with_iterations(8000)
+        .with_type()
+        .for_each(|input| (*open)(input));
+}
+
+#[test]
+fn a_changed_pickle_in_a_sound_archive_is_refused_or_read_whole() {
+    let names = [
+        "nested.pt",
+        "strides.pt",
+        "new_types.pt",
+        "nested.protocol5.pt",
+        "shared.pt",
+    ];
+    let files = fixtures(
+        &names
+            .map(|name| ["torch/", name].concat())
+            .each_ref()
+            .map(|n| &**n),
+    );
+    let files: Vec<Vec<Member>> = files.iter().map(|bytes| members(bytes)).collect();
+    let is_pickle = |member: &Member| member.name.ends_with(b"data.pkl");
+    let pickles: Vec<Vec<u8>> = files
+        .iter()
+        .map(|file| {
+            file.iter()
+                .find(|member| is_pickle(member))
+                .unwrap()
+                .data
+                .clone()
+        })
+        .collect();
+    let open = opening(pickles, |which, bytes| {
+        let mut members = files[which].clone();
+        for member in members.iter_mut().filter(|member| is_pickle(member)) {
+            *member = Member::stored(&member.name, &bytes);
+        }
+        zip(&members).bytes
+    });
+    check!()
+        .with_iterations(8000)
+        .with_type()
+        .for_each(|input| (*open)(input));
+}
+
+#[test]
+fn a_changed_file_of_old_torch_is_refused_or_read_whole() {
+    let sound = fixtures(&[
+        "torch/nested.legacy.pt",
+        "torch/strides.legacy.pt",
+        "torch/shared.legacy.pt",
+        "torch/types.legacy.pt",
+    ]);
+    let open = opening(sound, |_, bytes| bytes);
+    check!()
+        .with_iterations(8000)
+        .with_type()
+        .for_each(|input| (*open)(input));
+}
+
+#[test]
+fn a_changed_array_is_refused_or_read_whole() {
+    let files = fixtures(&["numpy/forced.npz", "mlx/lora/adapters.npz"]);
+    let arrays: Vec<Vec<u8>> = files
+        .iter()
+        .flat_map(|bytes| members(bytes))
+        .take(4)
+        .map(|member| member.data)
+        .collect();
+    // Each by itself, and as a member of an archive.
+    let count = arrays.len();
+    let open = opening([&arrays[..]; 3].concat(), |which, bytes| {
+        match which / count {
+            0 => bytes,
+            1 => zip(&[Member::stored("a.npy", bytes)]).bytes,
+            _ => zip(&[Member::deflated("a.npy", bytes)]).bytes,
+        }
+    });
+    check!()
+        .with_iterations(8000)
+        .with_type()
+        .for_each(|input| (*open)(input));
+}
+
+#[test]
+fn a_changed_gguf_file_is_refused_or_read_whole() {
+    let sound = fixtures(&["gguf/adapter.gguf", "gguf/model.gguf"]);
+    let open = opening(sound, |_, bytes| bytes);
+    check!()
+        .with_iterations(8000)
+        .with_type()
+        .for_each(|input| (*open)(input));
+}
+
+/// Names of a base as there are: of a language model, of a UNet, and of a single file of both.
+fn names_of_a_base() -> Vec<String> {
+    let mut names = Vec::new();
+    for layer in 0..60 {
+        for part in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            names.push(format!("model.layers.{layer}.self_attn.{part}.weight"));
+            names.push(format!("model.layers.{layer}.self_attn.{part}.bias"));
+        }
+        for part in ["gate_up_proj", "down_proj"] {
+            names.push(format!("model.layers.{layer}.mlp.experts.{part}"));
+        }
+    }
+    for block in 0..12 {
+        for part in 0..30 {
+            let path = format!("down_blocks.{block}.attentions.{part}.to_q");
+            names.push(format!("{path}.weight"));
+            names.push(format!("model.diffusion_model.{path}.weight"));
+            names.push(format!(
+                "text_model.encoder.layers.{block}.mlp.fc{part}.weight"
+            ));
+            names.push(format!(
+                "conditioner.embedders.0.transformer.text_model.encoder.layers.{block}.mlp.fc{part}.weight"
+            ));
+            names.push(format!("blocks.{block}_{part}.q.weight"));
+        }
+    }
+    names
+}
+
+/// Asks for a path in every spelling, within the time that one module may take.
+fn ask(base: &[String], more: &str, path: &str) {
+    const LIMIT: Duration = Duration::from_millis(50);
+    let names = base.iter().map(String::as_str).chain([more]);
+    let resolver = Resolver::new(names.clone());
+    let before = cpu_time();
+    let flattened = resolver.resolve_flattened(path);
+    let answers = [
+        resolver.resolve_in_component(path),
+        resolver.resolve(path, "weight"),
+        resolver.resolve(path, "bias"),
+        flattened.clone(),
+    ];
+    let near = resolver.nearest(path, 3);
+    let spent = cpu_time() - before;
+    assert!(spent < LIMIT, "{spent:?} for {path:?}");
+    let is_there = |name: &str| assert!(names.clone().any(|there| there == name), "{name}");
+    near.iter().for_each(|name| is_there(name));
+    for answer in answers {
+        match answer {
+            Resolution::Exact(place) | Resolution::Renamed(place) => is_there(&place.tensor),
+            Resolution::Ambiguous(names) => {
+                // Experts of one tensor are told apart by their rows.
+                assert!(names.len() > 1, "{names:?}");
+                names.iter().for_each(|name| is_there(name));
+            }
+            Resolution::Unresolved => {}
+        }
+    }
+    // What a flattened path means ends as it does.
+    let meant = match flattened {
+        Resolution::Exact(place) => vec![place.tensor],
+        Resolution::Renamed(place) => panic!("{place:?}"),
+        Resolution::Ambiguous(names) => names,
+        Resolution::Unresolved => Vec::new(),
+    };
+    for name in meant {
+        let flat = name.strip_suffix(".weight").unwrap().replace('.', "_");
+        let mut rest = flat.as_str();
+        for part in [
+            "model_diffusion_model_",
+            "cond_stage_model_transformer_",
+            "conditioner_embedders_0_transformer_",
+            "text_model_",
+        ] {
+            rest = rest.strip_prefix(part).unwrap_or(rest);
+        }
+        assert!(path.ends_with(rest), "{name} for {path:?}");
+    }
+}
+
+#[test]
+fn any_path_means_names_of_the_base_in_any_spelling_and_in_time() {
+    const STARTS: &[&str] = &[
+        "",
+        "lora_unet_",
+        "lora_te_",
+        "lora_te1_",
+        "lora_te2_",
+        "lycoris_",
+        "unet.",
+        "text_encoder.",
+        "model.",
+        "base_model.model.",
+        "lora_unet_lora_te_",
+    ];
+    let base = names_of_a_base();
+    assert_eq!(base.len(), 2400);
+    check!()
+        .with_iterations(600)
+        .with_type::<(u16, u8, bool, Vec<Change>, Vec<Change>, String)>()
+        .for_each(|(which, start, flat, one, two, noise)| {
+            let name = &base[usize::from(*which) % base.len()];
+            // Another name that is almost the same, perhaps when it is flattened.
+            let more = String::from_utf8_lossy(&changed(name.as_bytes(), one)).into_owned();
+            let path = changed(name.trim_end_matches(".weight").as_bytes(), two);
+            let path = String::from_utf8_lossy(&path).into_owned();
+            let path = match flat {
+                true => path.replace('.', "_"),
+                false => path,
+            };
+            let start = STARTS[usize::from(*start) % STARTS.len()];
+            ask(&base, &more, &format!("{start}{path}"));
+            ask(&base, noise, &format!("{start}{noise}"));
+        });
+}
+
+#[test]
+fn the_longest_paths_are_looked_up_in_time() {
+    let base = names_of_a_base();
+    for piece in [
+        ".",
+        "_",
+        "layers.",
+        "model.",
+        "text_model.",
+        "attention.output.dense.",
+        "output.dense",
+        "embed_out",
+        ".block_sparse_moe.",
+        "model.layers.0.self_attn.q_proj.",
+        "experts.3.w1.",
+        "\u{1f600}",
+    ] {
+        for start in ["", "lora_te_", "text_encoder.text_model.", "model.model."] {
+            let path = [start, &piece.repeat(4096 / piece.len())].concat();
+            ask(&base, &path, &path);
+            ask(&base, "x.weight", &path);
+        }
+    }
 }
 
 /// The value as `serde_json` has it.

@@ -153,7 +153,7 @@ pub(crate) fn within_a_second<T: Send + 'static>(work: impl FnOnce() -> T + Send
 }
 
 /// Processor time of this thread: what a test may spend, however busy the machine is.
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     let spent = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(spent.tv_sec as u64, spent.tv_nsec as u32)
 }

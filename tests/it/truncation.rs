@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use loratool::checkpoint::Checkpoint;
 use loratool::containers::TensorFile;
 use loratool::formats::{Found, ReadOptions};
+use loratool::json::parse_object;
 use loratool::tensor::DType;
 use loratool::{Kind, Result};
 
-use crate::hostile_support::{Room, assert_printable, file_of, tensors};
+use crate::hostile_support::{self, Room, Slot, assert_printable, file_of, tensors, tree};
 use crate::support::fixture;
 
 /// What a file of tensors says, without its data.
@@ -67,6 +68,86 @@ fn a_file_of_tensors_cut_at_any_length_is_refused() {
         count += 1;
     }
     assert_eq!(count, 8);
+}
+
+/// Where the header of a file ends: that of safetensors says so, others are cut everywhere up to a limit.
+fn end_of_header(bytes: &[u8]) -> usize {
+    const LIMIT: u64 = 16 << 10;
+    let said = bytes.first_chunk().map(|said| u64::from_le_bytes(*said));
+    let length = bytes.len() as u64;
+    let end = match said.and_then(|said| said.checked_add(8)) {
+        Some(end) if end <= length => end,
+        _ => length.min(LIMIT),
+    };
+    end as usize
+}
+
+#[test]
+fn every_fixture_cut_anywhere_is_refused_or_says_the_same() {
+    const SPREAD: usize = 500;
+    let room = Room::new();
+    let slot = Slot::new(&room, "x");
+    let (mut opened, mut refused, mut same) = (0, 0, 0);
+    let mut seen = BTreeSet::new();
+    for (path, whole) in tree(&fixture("")) {
+        let json = path
+            .extension()
+            .is_some_and(|extension| extension == "json");
+        if json {
+            // What is cut from a text of JSON may be nothing but the end of its last line.
+            for length in 0..whole.trim_ascii_end().len() {
+                let error = parse_object(&whole[..length], 100_000).unwrap_err();
+                assert_eq!(
+                    error.kind(),
+                    Kind::Malformed,
+                    "{}: {length}",
+                    path.display()
+                );
+                refused += 1;
+            }
+            continue;
+        }
+        let end = end_of_header(&whole);
+        // Many hold other values in the same places.
+        if !seen.insert((whole.len(), whole[..end].to_vec())) {
+            continue;
+        }
+        // Every length of the header, and some of the data with the last ones.
+        let step = (whole.len() - end).div_ceil(SPREAD).max(1);
+        let data = (end..whole.len()).step_by(step);
+        let last = whole.len().saturating_sub(8).max(end)..whole.len();
+        let cuts = (0..end).chain(data.chain(last).collect::<BTreeSet<usize>>());
+        slot.put(&whole);
+        let before = hostile_support::said(&slot.0).ok();
+        opened += usize::from(before.is_some());
+        for length in cuts.collect::<Vec<_>>().into_iter().rev() {
+            slot.cut(length);
+            match hostile_support::said(&slot.0) {
+                Err(error) => {
+                    assert!(
+                        matches!(error.kind(), Kind::Malformed | Kind::Unsupported),
+                        "{}: {length}: {error:?}",
+                        path.display()
+                    );
+                    assert_eq!(error.file(), Some(&*slot.0));
+                    assert_printable(&error);
+                    refused += 1;
+                }
+                // Padding behind the last tensor of GGUF.
+                Ok(after) => {
+                    assert_eq!(
+                        before.as_ref(),
+                        Some(&after),
+                        "{}: {length}",
+                        path.display()
+                    );
+                    same += 1;
+                }
+            }
+        }
+    }
+    assert!(opened > 100 && refused > 300_000, "{opened}, {refused}");
+    assert!(same < 100, "{same}");
 }
 
 #[test]
