@@ -325,13 +325,8 @@ fn one_list(mut found: BTreeSet<Vec<Place>>) -> Resolution {
         0 => Resolution::Unresolved,
         1 => Resolution::Exact(found.pop_first().expect("one list")),
         _ => {
-            let mut names: Vec<String> = found
-                .into_iter()
-                .flatten()
-                .map(|place| place.tensor)
-                .collect();
-            names.dedup();
-            Resolution::Ambiguous(names)
+            let places = found.into_iter().flatten();
+            Resolution::Ambiguous(places.map(|place| place.tensor).collect())
         }
     }
 }

@@ -11,7 +11,7 @@ use loratool::checkpoint::Checkpoint;
 use loratool::containers::TensorFile;
 use loratool::formats::{Found, ReadOptions};
 use loratool::json::{Value, parse_object};
-use loratool::naming::{Resolution, Resolver};
+use loratool::naming::{Resolution, Resolver, Spelling};
 use loratool::{Error, printable, printable_json};
 
 use crate::hostile_support::{
@@ -504,11 +504,11 @@ fn ask(base: &[String], more: &str, path: &str) {
     let names = base.iter().map(String::as_str).chain([more]);
     let resolver = Resolver::new(names.clone());
     let before = cpu_time();
-    let flattened = resolver.resolve_flattened(path);
+    let flattened = resolver.resolve(path, Spelling::Flattened);
     let answers = [
-        resolver.resolve_in_component(path),
-        resolver.resolve(path, "weight"),
-        resolver.resolve(path, "bias"),
+        resolver.resolve(path, Spelling::InComponent),
+        resolver.resolve(path, Spelling::Dotted),
+        resolver.resolve_parameter(path, "bias"),
         flattened.clone(),
     ];
     let near = resolver.nearest(path, 3);
@@ -518,7 +518,9 @@ fn ask(base: &[String], more: &str, path: &str) {
     near.iter().for_each(|name| is_there(name));
     for answer in answers {
         match answer {
-            Resolution::Exact(place) | Resolution::Renamed(place) => is_there(&place.tensor),
+            Resolution::Exact(places) | Resolution::Renamed(places) => {
+                places.iter().for_each(|place| is_there(&place.tensor));
+            }
             Resolution::Ambiguous(names) => {
                 // Experts of one tensor are told apart by their rows.
                 assert!(names.len() > 1, "{names:?}");
@@ -529,8 +531,8 @@ fn ask(base: &[String], more: &str, path: &str) {
     }
     // What a flattened path means ends as it does.
     let meant = match flattened {
-        Resolution::Exact(place) => vec![place.tensor],
-        Resolution::Renamed(place) => panic!("{place:?}"),
+        Resolution::Exact(places) => places.into_iter().map(|place| place.tensor).collect(),
+        Resolution::Renamed(places) => panic!("{places:?}"),
         Resolution::Ambiguous(names) => names,
         Resolution::Unresolved => Vec::new(),
     };
