@@ -197,7 +197,7 @@ reasons! {
     Unsupported {
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
-        BaseContainer { name: &'static str } => "this is a {name}; a base must be safetensors",
+        BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",
         ZipMember { what: &'static str } => "it is {what}, which is not read",
         PickleName { name: String } => "the pickle asks for `{name}`; only tensors and plain values are read, and nothing is ever executed",
         PickleInstruction { code: u8, at: usize } => "the pickle holds the instruction {code:#04x} at byte {at}, which no torch checkpoint needs",
@@ -214,8 +214,9 @@ reasons! {
         QuantisedBase { how: String } => "the base is quantised ({how}); merge into the 16-bit original instead",
         TensorType { dtype: String } => "tensors of type {dtype} cannot be merged into",
         AdapterType { dtype: String } => "adapter tensors of type {dtype} are not supported",
-        BothLayouts => "both `model.safetensors` and an index are there, and they disagree",
-        NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
+        BothLayouts { first: String, second: String } => "both `{first}` and `{second}` are there, and they are not one layout",
+        SeveralVariants { count: usize } => "the weights are there in {count} variants",
+        NoCheckpoint => "neither weights nor an index under a known name (`model.safetensors`, `pytorch_model.bin`, …) in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
         GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
@@ -397,6 +398,9 @@ impl Reason {
             Reason::NotACheckpoint => "remove the folder yourself, or name another output",
             Reason::ScaleMissing => {
                 "if you know the scale, write it into an `adapter_config.json` beside the weights: {\"lora_parameters\": {\"scale\": 20.0}}; the scripts of MLX used 20.0, the oldest 2.0"
+            }
+            Reason::SeveralVariants { .. } => {
+                "name one with --variant; `default` is the one without a name"
             }
             Reason::SwappedArguments => "exchange --base and --adapter",
             _ => return None,

@@ -3,9 +3,11 @@
 //! An allow-list: a folder may also hold what must not be published with the result (keys, logs,
 //! notebooks, other weights). What is left behind is reported.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::Checkpoint;
 use super::index::is_plain_file_name;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
@@ -90,11 +92,6 @@ const CODE: &[&str] = &[
     "generation_",
 ];
 
-/// Files of the weights themselves, which are neither copied nor worth a line.
-fn is_weights(name: &str) -> bool {
-    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
-}
-
 fn is_companion(name: &str) -> bool {
     NAMES.contains(&name)
         || name.ends_with(".tiktoken")
@@ -102,19 +99,22 @@ fn is_companion(name: &str) -> bool {
         || name.ends_with(".py") && CODE.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Lists and opens the companions of a checkpoint's folder.
+/// Lists and opens the companions in a checkpoint's folder.
 ///
 /// # Errors
 /// What listing the folder and opening the files gives; [`Reason::FileTooLarge`].
-pub fn companions(folder: &Path) -> Result<Companions> {
+pub fn companions(base: &Checkpoint) -> Result<Companions> {
+    let folder = base.path.as_path();
     let mut found = Companions::default();
+    // The weights themselves are written anew.
+    let read: HashSet<&Path> = base.weights().map(|input| input.path()).collect();
     let mut folders = Vec::new();
     for (name, path) in entries(folder)? {
         if path.is_dir() {
             folders.push((name, path));
         } else if is_companion(&name) {
             found.copy(name, &path, folder)?;
-        } else if !is_weights(&name) {
+        } else if !read.contains(path.as_path()) {
             found.left.push(name);
         }
     }
@@ -173,7 +173,7 @@ fn stays(path: &Path, folder: &Path) -> bool {
 }
 
 /// Entries of a folder by name, hidden ones left out.
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(super) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let fail = |e| Error::io(Reason::Read, e).in_file(folder);
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(fail)? {

@@ -9,7 +9,8 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{INDEX, SINGLE, system};
+use super::names::holds_a_result;
+use super::system;
 use crate::error::{Error, Reason, Result};
 use crate::mapped::{Input, is_there};
 
@@ -260,10 +261,7 @@ impl Shape {
 /// a collection of models.
 fn is_replaceable(folder: &Path) -> bool {
     let is_empty = || std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
-    [SINGLE, INDEX]
-        .iter()
-        .any(|name| is_there(&folder.join(name)))
-        || is_empty()
+    holds_a_result(folder) || is_empty()
 }
 
 fn remove(path: &Path) -> io::Result<()> {

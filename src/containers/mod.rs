@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 mod foreign;
 mod gguf;
@@ -30,19 +30,44 @@ pub trait Container: Sync {
     /// What the bytes get wrong, with the tensor in question.
     fn open(&self, input: Arc<Input>) -> Result<Directory>;
 
-    /// Compares the data with the checksums that the file states, if it states any; reads all of it.
+    /// Compares the data with the checksums that the file states, if it states any; reads all of it,
+    /// and asks `watch` between pieces whether to go on.
     ///
     /// # Errors
-    /// [`Reason::Checksum`], with the place.
-    fn verify(&self, input: Arc<Input>) -> Result<()> {
-        let _ = input;
+    /// [`Reason::Checksum`], with the place; what `watch` says.
+    fn verify(&self, input: Arc<Input>, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        let _ = (input, watch);
         Ok(())
     }
 
-    /// Whether a checkpoint in it can be the base of a merge, whose result is a safetensors file.
-    fn is_base(&self) -> bool {
-        false
+    /// What a merge into a checkpoint in this container is written as; nothing where it is no base.
+    fn result(&self) -> Option<&'static dyn Writer> {
+        None
     }
+}
+
+/// A container that results are written in.
+pub trait Writer: Container {
+    /// How the names of its files end.
+    fn extension(&self) -> &'static str;
+
+    /// What stands before the data in a file of these tensors, in the order of their data, that takes
+    /// the place of `base`.
+    ///
+    /// # Errors
+    /// What the container cannot hold.
+    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Vec<u8>>;
+}
+
+/// A tensor of a file that is to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its type.
+    pub dtype: DType,
+    /// Its shape, outermost first.
+    pub shape: &'a [usize],
 }
 
 /// Most dimensions of a tensor.
@@ -110,14 +135,11 @@ impl TensorFile {
         let directory = container
             .open(input.clone())
             .map_err(|e| e.in_file(input.path()))?;
-        let tensors = &directory.tensors;
-        let mut by_name: Vec<usize> = (0..tensors.len()).collect();
-        by_name.sort_unstable_by(|a, b| tensors[*a].name.cmp(&tensors[*b].name));
         Ok(TensorFile {
             input,
             container,
+            by_name: by_name(&directory.tensors),
             directory,
-            by_name,
         })
     }
 
@@ -126,8 +148,22 @@ impl TensorFile {
     /// # Errors
     /// Those of [`Container::verify`].
     pub fn verify(&self) -> Result<()> {
-        let checked = self.container.verify(self.input.clone());
+        self.verify_while(&|| Ok(()))
+    }
+
+    /// The same, as long as `watch` lets it go on.
+    ///
+    /// # Errors
+    /// Those of [`Container::verify`].
+    pub fn verify_while(&self, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        let checked = self.container.verify(self.input.clone(), watch);
         checked.map_err(|e| e.in_file(self.input.path()))
+    }
+
+    /// Changes what it is taken to hold.
+    pub(crate) fn arrange(&mut self, change: impl FnOnce(&mut Directory)) {
+        change(&mut self.directory);
+        self.by_name = by_name(&self.directory.tensors);
     }
 
     /// The tensor of a name.
@@ -138,4 +174,10 @@ impl TensorFile {
             .binary_search_by(|place| tensors[*place].name.as_str().cmp(name));
         place.ok().map(|place| &tensors[self.by_name[place]])
     }
+}
+
+fn by_name(tensors: &[Tensor]) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..tensors.len()).collect();
+    places.sort_unstable_by(|a, b| tensors[*a].name.cmp(&tensors[*b].name));
+    places
 }

@@ -206,12 +206,13 @@ impl Archive {
     }
 
     /// Compares every stored member with its checksum, piece by piece.
-    pub(super) fn verify(&self) -> Result<()> {
+    pub(super) fn verify(&self, watch: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut buffer = vec![0; 1 << 20];
         for member in self.members.iter().filter(|member| !member.deflated) {
             let mut hasher = crc32fast::Hasher::new();
             let mut done = 0;
             while done < member.size {
+                watch()?;
                 let count = (member.size - done).min(buffer.len() as u64) as usize;
                 self.input
                     .read_at(&mut buffer[..count], member.start + done)?;

@@ -75,6 +75,9 @@ impl Verdict {
                 let inspection = of_checkpoint(path, &checkpoint);
                 self.notices(&inspection.notices);
                 self.inspection = Some(inspection);
+                for shard in &checkpoint.shards {
+                    shard.file.verify()?;
+                }
                 let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
                 let scans = Scan::all(&tensors)?;
                 let odd = tensors

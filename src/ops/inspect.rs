@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Kind, Reason, Result};
 use crate::formats::{Found, ReadOptions, Summary};
 use crate::notice::{Notice, NoticeKind};
@@ -162,7 +162,7 @@ pub(super) enum Opened {
 
 pub(super) fn open(path: &Path) -> Result<Opened> {
     if path.is_dir() {
-        match Checkpoint::open(path) {
+        match Checkpoint::open_variant(path, &Variant::Any) {
             Ok(checkpoint) => return Ok(Opened::Checkpoint(Box::new(checkpoint))),
             Err(error) => match error.reason() {
                 // Perhaps an adapter, or a folder with one file of tensors.
@@ -172,7 +172,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         }
     }
     let found = Found::open(path)?;
-    let may_be_base = found.file.container.is_base();
+    let may_be_base = found.file.container.result().is_some();
     if may_be_base && found.looks_like_checkpoint() && !path.is_dir() {
         return Checkpoint::of_file(path, found.file)
             .map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));
@@ -190,7 +190,7 @@ pub(super) fn of_checkpoint(path: &Path, checkpoint: &Checkpoint) -> Inspection 
         shards: checkpoint
             .shards
             .iter()
-            .map(|shard| shard.name.clone())
+            .map(|shard| checkpoint.parts[shard.part].place(&shard.name))
             .collect(),
         config: BTreeMap::new(),
         quantisation: checkpoint.quantisation(),

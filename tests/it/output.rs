@@ -633,7 +633,7 @@ fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation
 }
 
 /// Makes every operation of a merge fail in turn, over this old output or none.
-fn fail_everywhere(options: &Options, old: Option<&[(PathBuf, Vec<u8>)]>) {
+pub(crate) fn fail_everywhere(options: &Options, old: Option<&[(PathBuf, Vec<u8>)]>) {
     let new = result_of(options);
     let (result, operations) = faulty(options, Failing::Only(usize::MAX));
     result.unwrap();

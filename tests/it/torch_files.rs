@@ -100,19 +100,6 @@ fn an_adapter_of_torch_merges_to_the_same_bytes_as_that_of_safetensors() {
     assert!(bytes("one") == bytes("two"));
 }
 
-#[test]
-fn a_base_must_be_safetensors() {
-    let room = Room::new();
-    let adapter = fixture("peft/cases/lora/adapter");
-    let error = merge(&options(
-        &fixture("torch/module.pt"),
-        &adapter,
-        &room.path("x"),
-    ))
-    .unwrap_err();
-    assert_reason!(error, Reason::BaseContainer { .. });
-}
-
 /// The refusal of these bytes, within a second, with the file named.
 fn refused(bytes: impl AsRef<[u8]>) -> Error {
     let room = Room::new();

@@ -39,7 +39,10 @@ impl Ties {
         };
         let head = match base.output_embedding() {
             Some(head) => head.name.clone(),
-            None => head_name(base, &embedding.name).to_owned(),
+            None => base
+                .dropped_output_embedding()
+                .unwrap_or_else(|| head_name(base, &embedding.name))
+                .to_owned(),
         };
         let sides = [owner(&embedding.name), owner(&head)].map(leaf);
         let touches = |adapter: &Adapter| {

@@ -8,10 +8,11 @@ use super::planner::{self, Placed};
 use super::{Options, layout};
 use crate::adapter::scan::{self, Scan};
 use crate::adapter::{Adapter, Geometry, Module};
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::companions::{Companions, companions, has_tokenizer};
 use crate::checkpoint::config::{self, Edit};
 use crate::checkpoint::sink::{Destination, Faults, Shape};
+use crate::checkpoint::{Checkpoint, Part, Variant};
+use crate::containers::Entry;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found};
 use crate::linalg::Kernel;
@@ -100,6 +101,15 @@ impl PlannedTensor {
         }
     }
 
+    /// What a header says about it.
+    pub(super) fn entry<'a>(&'a self, part: &Part) -> Entry<'a> {
+        Entry {
+            name: part.own_name(&self.name),
+            dtype: self.dtype,
+            shape: &self.shape,
+        }
+    }
+
     /// Whether its bytes are those of its source.
     pub fn is_copy(&self) -> bool {
         self.modules.is_empty() && self.rows.is_empty() && self.dtype == self.source.dtype
@@ -134,9 +144,9 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         mut notices,
         left_out,
     } = resolve(options, &base, &adapters)?;
-    let shape = output_shape(&base, &options.output);
+    let shape = output_shape(&base, &options.output)?;
     let companions = match (base.is_folder, shape) {
-        (true, Shape::Folder) => companions(&base.path)?,
+        (true, Shape::Folder) => companions(&base)?,
         _ => Companions::default(),
     };
     if shape == Shape::Folder {
@@ -246,7 +256,7 @@ fn kernel(options: &Options) -> Result<&'static Kernel> {
 }
 
 fn open_base(options: &Options) -> Result<Checkpoint> {
-    let base = Checkpoint::open(&options.base);
+    let base = Checkpoint::open_variant(&options.base, &options.variant);
     let is_adapter = |path: &Path| Found::open(path).is_ok_and(|found| found.format().is_some());
     let looks_wrong = match &base {
         Ok(base) => !base.is_folder && is_adapter(&options.base),
@@ -258,13 +268,17 @@ fn open_base(options: &Options) -> Result<Checkpoint> {
     let swapped = options
         .adapters
         .iter()
-        .any(|adapter| Checkpoint::open(&adapter.path).is_ok() && !is_adapter(&adapter.path));
+        .any(|adapter| is_checkpoint(&adapter.path) && !is_adapter(&adapter.path));
     let reason = if swapped {
         Reason::SwappedArguments
     } else {
         Reason::BaseIsAdapter
     };
     Err(Error::new(reason).in_file(&options.base))
+}
+
+fn is_checkpoint(path: &Path) -> bool {
+    Checkpoint::open_variant(path, &Variant::Any).is_ok()
 }
 
 fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
@@ -281,7 +295,7 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
         let found = match Found::open(&selection.path) {
             Err(error)
                 if matches!(error.reason(), Reason::NoAdapterWeights)
-                    && Checkpoint::open(&selection.path).is_ok() =>
+                    && is_checkpoint(&selection.path) =>
             {
                 return Err(Error::new(Reason::NotAnAdapter).in_file(&selection.path));
             }
@@ -310,14 +324,22 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
     Ok(opened)
 }
 
-fn output_shape(base: &Checkpoint, output: &Path) -> Shape {
-    let named_file = output
-        .extension()
-        .is_some_and(|extension| extension == "safetensors");
-    if !base.is_folder && named_file {
-        Shape::File
-    } else {
-        Shape::Folder
+fn output_shape(base: &Checkpoint, output: &Path) -> Result<Shape> {
+    /// How files of tensors are called: hardly the name of a folder.
+    const FILES: &[&str] = &["safetensors", "gguf", "bin", "pt", "pth", "ckpt"];
+    let written = base.writer().extension();
+    match output.extension().and_then(|extension| extension.to_str()) {
+        _ if base.is_folder => Ok(Shape::Folder),
+        Some(extension) if extension == written => Ok(Shape::File),
+        Some(extension) if FILES.contains(&extension) => {
+            let problem = format!(
+                "the result is a {} file: let its name end in .{written}, or name a folder",
+                base.writer().name()
+            );
+            let text = output.to_string_lossy().into_owned();
+            Err(Error::new(Reason::BadOption { text, problem }))
+        }
+        _ => Ok(Shape::Folder),
     }
 }
 
@@ -396,8 +418,7 @@ fn applied(
     notices: &mut Vec<Notice>,
 ) -> Result<Vec<Edit>> {
     if let Some(config) = base
-        .config
-        .as_ref()
+        .config()
         .filter(|_| base.is_folder && shape == Shape::Folder)
     {
         let text = config.input.read_all(64 << 20)?;

@@ -258,10 +258,13 @@ impl<'a> Planner<'a> {
             self.missing.unresolved(&self.resolver, &replacement.name);
             return false;
         }
+        let Some(shard) = self.base.home(&replacement.name) else {
+            self.missing.unresolved(&self.resolver, &replacement.name);
+            return false;
+        };
         let text = "the base does not have this tensor; it is added to the result";
         self.notices
             .push(Notice::new(NoticeKind::AddedTensor, text).on(&*replacement.name));
-        let shard = self.base.shards.len() - 1;
         let mut tensor = PlannedTensor::of(&replacement.tensor, replacement.name.clone(), shard);
         tensor.in_base = false;
         tensor.replaced_by = Some(index);
