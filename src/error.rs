@@ -135,6 +135,8 @@ reasons! {
         StrengthNotFinite { strength: f64 } => "strength must be a finite number, not {strength}",
         BadSize { text: String } => "`{text}` is not a size such as 5GB or 512MiB",
         BadOption { text: String, problem: String } => "`{text}`: {problem}",
+        SeveralVariants { count: usize } => "the weights are there in {count} variants",
+        NoVariant { name: String } => "no weights are there in the variant `{name}`",
         ThreadPool { problem: String } => "cannot start the worker threads: {problem}",
     }
     Io {
@@ -176,6 +178,7 @@ reasons! {
         Structure { problem: String } => "{problem}",
         NoTensors => "the file holds no tensor",
         ShardName { name: String } => "the index names the shard `{name}`, which is not a plain file name",
+        ComponentName { name: String } => "it names the component `{name}`, which is not a plain folder name",
         ShardMissing { name: String } => "the index names the shard `{name}`, which is not there",
         NotInShard { shard: String } => "the index places it in `{shard}`, which does not hold it",
         TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
@@ -215,7 +218,6 @@ reasons! {
         TensorType { dtype: String } => "tensors of type {dtype} cannot be merged into",
         AdapterType { dtype: String } => "adapter tensors of type {dtype} are not supported",
         BothLayouts { first: String, second: String } => "both `{first}` and `{second}` are there, and they are not one layout",
-        SeveralVariants { count: usize } => "the weights are there in {count} variants",
         NoCheckpoint => "neither weights nor an index under a known name (`model.safetensors`, `pytorch_model.bin`, …) in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",

@@ -36,6 +36,8 @@ const LIMIT: u64 = 2 << 30;
 /// Names that are copied.
 const NAMES: &[&str] = &[
     "config.json",
+    "model_index.json",
+    "scheduler_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -118,21 +120,31 @@ pub fn companions(base: &Checkpoint) -> Result<Companions> {
             found.left.push(name);
         }
     }
-    let parts = sentence_transformer_parts(folder)?;
+    let (parts, components) = (sentence_transformer_parts(folder)?, base.components());
+    let is_small = |file: &str| {
+        let ends = [".json", ".safetensors", ".txt", ".model", ".jinja"];
+        ends.iter().any(|end| file.ends_with(end))
+    };
     for (name, path) in folders {
-        // A part of a sentence-transformers pipeline, or chat templates: small files only.
-        if parts.contains(&name) || name == "chat_templates" {
-            for (file, path) in entries(&path)? {
-                let name = format!("{name}/{file}");
-                let wanted = [".json", ".safetensors", ".txt", ".model", ".jinja"];
-                if path.is_dir() || !wanted.iter().any(|end| file.ends_with(end)) {
-                    found.left.push(name);
-                } else {
-                    found.copy(name, &path, folder)?;
-                }
-            }
+        let wanted: &dyn Fn(&str) -> bool = if components.contains(&&*name) {
+            &is_companion
+        } else if parts.contains(&name) || name == "chat_templates" {
+            // A part of a sentence-transformers pipeline, or chat templates: small files only.
+            &is_small
         } else {
             found.left.push(format!("{name}/"));
+            continue;
+        };
+        for (file, path) in entries(&path)? {
+            let name = format!("{name}/{file}");
+            if path.is_dir() {
+                found.left.push(format!("{name}/"));
+            } else if !read.contains(path.as_path()) {
+                match wanted(&file) {
+                    true => found.copy(name, &path, folder)?,
+                    false => found.left.push(name),
+                }
+            }
         }
     }
     Ok(found)
@@ -161,7 +173,7 @@ impl Companions {
 /// Whether a path leads to a file of the folder, or of the hub cache that the folder is a snapshot of.
 ///
 /// A link out of a stranger's folder could carry any file of this machine into a published result.
-fn stays(path: &Path, folder: &Path) -> bool {
+pub(super) fn stays(path: &Path, folder: &Path) -> bool {
     let (Ok(real), Ok(folder)) = (path.canonicalize(), folder.canonicalize()) else {
         return false;
     };

@@ -109,6 +109,10 @@ impl Name {
         format!("{}.safetensors.index{}.json", self.stem, self.dotted())
     }
 
+    pub(super) fn is_variant(&self, name: &str) -> bool {
+        self.variant() == name
+    }
+
     fn dotted(&self) -> String {
         let variant = self.variant.as_ref();
         variant.map_or_else(String::new, |variant| format!(".{variant}"))

@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::index::{Index, model_config};
+use super::companions::stays;
+use super::index::{CONFIG, Index, is_plain_file_name, model_config};
 use super::names::{self, Name, Variant, choose};
-use super::training;
+use super::{PIPELINE, training};
 use crate::containers::{TensorFile, Writer};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Object, Value};
@@ -27,6 +28,8 @@ pub struct Checkpoint {
     pub parts: Vec<Part>,
     /// What is odd.
     pub notices: Vec<Notice>,
+    /// `model_index.json` of a pipeline.
+    pipeline: Option<Document>,
     writer: &'static dyn Writer,
     /// The output embedding, where a torch file gave it as another name of the input embedding.
     tied: Option<String>,
@@ -60,6 +63,9 @@ const OTHERS: &[&str] = &[
     "tf_model.h5",
     "flax_model.msgpack",
 ];
+
+/// Most values of a `model_index.json`.
+const PIPELINE_VALUES: usize = 10_000;
 
 impl Part {
     /// Where a file of its folder is in the checkpoint.
@@ -233,6 +239,42 @@ impl Part {
 /// A part and its files, which may still be named otherwise.
 type Opened = (Part, Vec<(String, TensorFile)>);
 
+/// The components that a `model_index.json` names: fields with a library and a class.
+fn components(pipeline: &Document) -> Result<Vec<&str>> {
+    let is_component = |value: &Value| matches!(value, Value::Array(items) if matches!(items.as_slice(), [Value::String(_), Value::String(_), ..]));
+    let fields = &pipeline.object.0;
+    let mut names = Vec::new();
+    for (name, _) in fields.iter().filter(|(_, value)| is_component(value)) {
+        if !is_plain_file_name(name) || name.starts_with('.') {
+            let name = name.clone();
+            let error = Error::new(Reason::ComponentName { name });
+            return Err(error.in_file(pipeline.input.path()));
+        }
+        names.push(name.as_str());
+    }
+    Ok(names)
+}
+
+/// Opens a component of a pipeline; nothing where it has no weights.
+fn component(
+    root: &Path,
+    name: &str,
+    variant: &Variant,
+    notices: &mut Vec<Notice>,
+) -> Result<Option<Opened>> {
+    let folder = root.join(name);
+    if !folder.is_dir() {
+        let text = format!("it names the component `{name}`, which is not there");
+        let notice = Notice::new(NoticeKind::Contradiction, text).on(name);
+        notices.push(notice.in_file(root.join(PIPELINE)));
+        return Ok(None);
+    }
+    if !stays(&folder, root) {
+        return Err(Error::new(Reason::LinkOutside).in_file(folder));
+    }
+    Part::open(name, &folder, variant, notices)
+}
+
 fn file_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default();
     name.to_string_lossy().into_owned()
@@ -254,7 +296,8 @@ impl Checkpoint {
             index: None,
             unindexed: HashSet::new(),
         };
-        Self::assemble(path, false, vec![(part, vec![(name, file)])], Vec::new())
+        let opened = vec![(part, vec![(name, file)])];
+        Self::assemble(path, false, None, opened, Vec::new())
     }
 
     /// Opens a checkpoint that is there once; only headers are read.
@@ -274,15 +317,40 @@ impl Checkpoint {
         let path = path.as_ref();
         let metadata =
             std::fs::metadata(path).map_err(|e| Error::io(Reason::Open, e).in_file(path))?;
-        if !metadata.is_dir() {
-            return Self::of_file(path, TensorFile::open(path)?);
-        }
         let mut notices = Vec::new();
-        let opened = match Part::open("", path, variant, &mut notices)? {
-            Some(part) => vec![part],
-            None => return Err(Self::not_here(path)),
+        let mut opened = Vec::new();
+        let index = path.join(PIPELINE);
+        let mut pipeline = None;
+        let checkpoint = if !metadata.is_dir() {
+            Self::of_file(path, TensorFile::open(path)?)?
+        } else {
+            if is_there(&index) {
+                let document = Document::read(&index, PIPELINE_VALUES)?;
+                for name in components(&document)? {
+                    opened.extend(component(path, name, variant, &mut notices)?);
+                }
+                pipeline = Some(document);
+            } else {
+                opened.extend(Part::open("", path, variant, &mut notices)?);
+            }
+            if opened.is_empty() {
+                return Err(Self::not_here(path));
+            }
+            Self::assemble(path, true, pipeline, opened, notices)?
         };
-        Self::assemble(path, true, opened, notices)
+        let is = |name: &String| {
+            checkpoint
+                .parts
+                .iter()
+                .any(|part| part.files.is_variant(name))
+        };
+        match variant {
+            Variant::Named(name) if !is(name) => {
+                let name = name.clone();
+                Err(Error::new(Reason::NoVariant { name }).in_file(path))
+            }
+            _ => Ok(checkpoint),
+        }
     }
 
     fn not_here(path: &Path) -> Error {
@@ -301,6 +369,7 @@ impl Checkpoint {
     fn assemble(
         path: &Path,
         is_folder: bool,
+        pipeline: Option<Document>,
         opened: Vec<Opened>,
         notices: Vec<Notice>,
     ) -> Result<Self> {
@@ -325,6 +394,7 @@ impl Checkpoint {
             shards: Vec::new(),
             parts: Vec::new(),
             notices,
+            pipeline,
             writer,
             tied: None,
             places: HashMap::new(),
@@ -405,6 +475,18 @@ impl Checkpoint {
         }
     }
 
+    /// Every `config.json`, with its place in the checkpoint.
+    pub(crate) fn configs(&self) -> impl Iterator<Item = (String, &Document)> {
+        let of = |part| Some((Part::place(part, CONFIG), part.config.as_ref()?));
+        self.parts.iter().filter_map(of)
+    }
+
+    /// The folders of the components of a pipeline, also of those without weights.
+    pub(super) fn components(&self) -> Vec<&str> {
+        let names = self.pipeline.as_ref().map(components);
+        names.and_then(Result::ok).unwrap_or_default()
+    }
+
     /// The part of a shard.
     pub fn part_of(&self, shard: usize) -> &Part {
         &self.parts[self.shards[shard].part]
@@ -454,8 +536,9 @@ impl Checkpoint {
 
     /// Every open file.
     pub fn inputs(&self) -> impl Iterator<Item = &Arc<Input>> {
-        let configs = self.parts.iter().filter_map(|part| part.config.as_ref());
-        self.weights().chain(configs.map(|config| &config.input))
+        let configs = self.configs().map(|(_, config)| config);
+        let documents = configs.chain(&self.pipeline);
+        self.weights().chain(documents.map(|read| &read.input))
     }
 
     /// The files of tensors, and the maps of them.
@@ -465,17 +548,22 @@ impl Checkpoint {
         shards.chain(indices.map(|index| &index.input))
     }
 
-    /// A value of `config.json`; of its `text_config` where the top level has none.
+    /// A value of `config.json`, of its `text_config` where the top level has none; or of the
+    /// `model_index.json` of a pipeline.
     pub fn configured(&self, key: &str) -> Option<&Value> {
         match self.parts.as_slice() {
             [part] if part.name.is_empty() => part.configured(key),
-            _ => None,
+            _ => self.pipeline.as_ref()?.object.get(key),
         }
     }
 
     /// How the weights are quantised, if they are.
     pub fn quantisation(&self) -> Option<String> {
-        if let Some(Value::Object(quantisation)) = self.configured("quantization_config") {
+        let configured = |part: &'_ Part| match part.configured("quantization_config") {
+            Some(Value::Object(quantisation)) => Some(quantisation.clone()),
+            _ => None,
+        };
+        if let Some(quantisation) = self.parts.iter().find_map(configured) {
             let method = quantisation
                 .get("quant_method")
                 .and_then(Value::as_str)

@@ -196,6 +196,7 @@ pub(super) fn of_checkpoint(path: &Path, checkpoint: &Checkpoint) -> Inspection 
         quantisation: checkpoint.quantisation(),
     };
     for key in [
+        "_class_name",
         "model_type",
         "vocab_size",
         "tie_word_embeddings",

@@ -593,7 +593,7 @@ fn run(options: &Options, control: &Control<'_>) -> Result<Report> {
 
 /// Which operations fail.
 #[derive(Clone, Copy, Debug)]
-enum Failing {
+pub(crate) enum Failing {
     /// Only the one of this number.
     Only(usize),
     /// All from this number on, as on a disk that is full.
@@ -621,7 +621,7 @@ fn faults(failing: Failing) -> (Faults, Arc<Mutex<Vec<Operation>>>) {
 }
 
 /// Runs with faults: the result, the operations, and the number of the one that moves into place.
-fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation>) {
+pub(crate) fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation>) {
     let (faults, seen) = faults(failing);
     let control = Control {
         faults,

@@ -355,6 +355,9 @@ impl Opened {
     }
 }
 
+/// Fields of a configuration that name the type of the weights.
+const TYPES: [&str; 2] = ["torch_dtype", "dtype"];
+
 /// Gives every tensor its type in the output, and lets the configuration follow.
 fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edit>) -> Result<()> {
     for tensor in tensors.iter_mut() {
@@ -379,7 +382,7 @@ fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edi
         }
     }
     if let Some(wanted) = options.dtype {
-        for field in ["torch_dtype", "dtype"] {
+        for field in TYPES {
             edits.push(Edit {
                 field,
                 value: format!("\"{}\"", wanted.torch_name()),
@@ -410,39 +413,44 @@ fn look(options: &Options, adapters: &[Opened]) -> Result<Vec<Notice>> {
     Ok(notices)
 }
 
-/// The changes that the copied configuration really gets.
+/// The changes that the copied configurations really get.
 fn applied(
     base: &Checkpoint,
     shape: Shape,
     edits: Vec<Edit>,
     notices: &mut Vec<Notice>,
 ) -> Result<Vec<Edit>> {
-    if let Some(config) = base
-        .config()
-        .filter(|_| base.is_folder && shape == Shape::Folder)
-    {
-        let text = config.input.read_all(64 << 20)?;
-        let changes =
-            |edit: &Edit| config::edit(&text, std::slice::from_ref(edit)).map(|new| new != text);
-        let mut kept = Vec::new();
-        for edit in edits {
-            if changes(&edit).map_err(|e| e.in_file(config.input.path()))? {
-                kept.push(edit);
-            }
-        }
-        return Ok(kept);
+    let copied = base.is_folder && shape == Shape::Folder;
+    // Of a pipeline every component has its own: only types change there alike.
+    let is_written =
+        |edit: &Edit| copied && (base.config().is_some() || TYPES.contains(&edit.field));
+    let (kept, told): (Vec<Edit>, Vec<Edit>) = edits.into_iter().partition(is_written);
+    let mut texts = Vec::new();
+    for (_, config) in base.configs().filter(|_| copied) {
+        texts.push((config.input.path(), config.input.read_all(64 << 20)?));
     }
-    for edit in edits
+    let mut changes = Vec::new();
+    for edit in kept {
+        let mut changed = false;
+        for (path, text) in &texts {
+            let new = config::edit(text, std::slice::from_ref(&edit));
+            changed |= new.map_err(|e| e.in_file(path))? != *text;
+        }
+        if changed {
+            changes.push(edit);
+        }
+    }
+    for edit in told
         .iter()
         .filter(|edit| edit.insert || edit.field == "vocab_size")
     {
         let text = format!(
-            "no config.json is written beside the result; set {} to {} in yours",
+            "no config.json is written that gets it; set {} to {} in yours",
             edit.field, edit.value
         );
         notices.push(Notice::new(NoticeKind::Untied, text).on(edit.field));
     }
-    Ok(Vec::new())
+    Ok(changes)
 }
 
 fn own_tokenizers(adapters: &[Opened], notices: &mut Vec<Notice>) {

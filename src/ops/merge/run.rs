@@ -358,7 +358,8 @@ impl Run<'_> {
     fn companions(&mut self, sink: &Sink) -> Result<()> {
         for companion in &self.plan.companions.copied {
             let mut file = sink.create(&companion.name)?;
-            if companion.name == "config.json" {
+            let configs = || self.plan.base.configs();
+            if configs().any(|(place, _)| place == companion.name) {
                 let text = companion.input.read_all(64 << 20)?;
                 let edited = config::edit(&text, &self.plan.edits)
                     .map_err(|e| e.in_file(companion.input.path()))?;
