@@ -70,6 +70,8 @@ pub enum NoticeKind {
     SharedTensor,
     /// What a file of the base holds besides weights, and is not in the result.
     NotWeights,
+    /// The averaged copy of changed weights in a checkpoint of a training was left alone.
+    EmaCopy,
     /// The method can be described but not merged.
     NotMergeable,
 }
@@ -86,6 +88,7 @@ impl NoticeKind {
                 | NoticeKind::BaseLayout
                 | NoticeKind::SharedTensor
                 | NoticeKind::NotWeights
+                | NoticeKind::EmaCopy
         )
     }
 }

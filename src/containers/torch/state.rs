@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::beyond_memory;
-use super::pickle::{Object, Pickle, Value, View};
+use super::pickle::{Global, Object, Pickle, Value, View};
 use crate::containers::Directory;
 use crate::containers::safetensors::TENSOR_LIMIT;
 use crate::error::{Error, Reason, Result};
@@ -131,6 +131,7 @@ impl Walk<'_> {
             match key {
                 None => name.push_str(&place.to_string()),
                 Some(Value::Int(number)) => name.push_str(&number.to_string()),
+                Some(Value::Global(Global::Label(label))) => name.push_str(label),
                 Some(key) => match self.pickle.text(key) {
                     Some(text) if !text.is_empty() => name.push_str(text),
                     Some(_) => return Err(Error::new(Reason::EmptyName).on(name)),
@@ -204,8 +205,10 @@ impl Walk<'_> {
                 format!("(a text of {} bytes)", range.len())
             }
             (_, Some(Object::Text(_))) => self.pickle.text(value).unwrap_or_default().to_owned(),
-            (_, Some(Object::Bytes(count))) => format!("({count} bytes)"),
+            (_, Some(Object::Bytes(range))) => format!("({} bytes)", range.len()),
             (_, Some(Object::Device)) => "(a device)".to_owned(),
+            (_, Some(Object::Spelled(_))) => "(bytes)".to_owned(),
+            (_, Some(Object::Number(_))) => "(a type of numbers)".to_owned(),
             _ => "(a storage)".to_owned(),
         };
         self.take(name, self.directory.metadata.len(), shown.len())?;

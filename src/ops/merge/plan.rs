@@ -187,7 +187,28 @@ fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<
     convert(options, &mut placed.tensors, &mut placed.edits)?;
     placed.notices.extend(look(options, adapters)?);
     placed.notices.extend(base.notices.iter().cloned());
+    placed.notices.extend(average(base, &placed.tensors));
     Ok(placed)
+}
+
+/// A notice if a model of latent diffusion changes and the average over its training does not.
+///
+/// `model_ema.` has the names of `model.` without their dots (`LitEma` of `CompVis/latent-diffusion`); it
+/// is another model, and loaders that ask for it would not see the adapter.
+fn average(base: &Checkpoint, tensors: &[PlannedTensor]) -> Option<Notice> {
+    let has_average = base.tensors().any(|t| t.name.starts_with("model_ema."));
+    let changes = |tensor: &PlannedTensor| {
+        tensor.name.starts_with("model.diffusion_model.")
+            && (tensor.replaced_by.is_some()
+                || !tensor.rows.is_empty()
+                || !tensor.modules.is_empty())
+    };
+    (has_average && tensors.iter().any(changes)).then(|| {
+        let text = "the averaged copy of the weights (`model_ema.`) is not changed";
+        Notice::new(NoticeKind::EmaCopy, text)
+            .on("model_ema")
+            .in_file(&base.path)
+    })
 }
 
 impl Plan {
