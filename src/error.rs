@@ -206,7 +206,7 @@ reasons! {
         PickleInstruction { code: u8, at: usize } => "the pickle holds the instruction {code:#04x} at byte {at}, which no torch checkpoint needs",
         Stored { problem: String } => "{problem}",
         ScaleMissing => "no file says the scale of this adapter (`lora_parameters.scale`)",
-        QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which cannot be read yet",
+        QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which an adapter cannot be",
         Format { name: &'static str } => "this adapter is spelled as {name}, which can be inspected but not merged yet",
         FormatUnknown => "the spelling of this adapter is not recognised",
         NotAnAdapter => "this is a full checkpoint, not an adapter",
@@ -217,6 +217,7 @@ reasons! {
         QuantisedBase { how: String } => "the base is quantised ({how}); merge into the 16-bit original instead",
         TensorType { dtype: String } => "tensors of type {dtype} cannot be merged into",
         AdapterType { dtype: String } => "adapter tensors of type {dtype} are not supported",
+        SharedEmbedding => "the file has no `output.weight`, so this tensor is the output embedding as well, which the adapter does not change",
         BothLayouts { first: String, second: String } => "both `{first}` and `{second}` are there, and they are not one layout",
         NoCheckpoint => "neither weights nor an index under a known name (`model.safetensors`, `pytorch_model.bin`, …) in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
@@ -403,6 +404,9 @@ impl Reason {
             }
             Reason::SeveralVariants { .. } => {
                 "name one with --variant; `default` is the one without a name"
+            }
+            Reason::SharedEmbedding => {
+                "merge into the safetensors model, which can untie the two, and convert the result"
             }
             Reason::SwappedArguments => "exchange --base and --adapter",
             _ => return None,

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Blocks, DType, Tensor};
 
 mod foreign;
-mod gguf;
+pub mod gguf;
 mod numpy;
 pub mod safetensors;
 mod torch;
@@ -56,7 +56,20 @@ pub trait Writer: Container {
     ///
     /// # Errors
     /// What the container cannot hold.
-    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Vec<u8>>;
+    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Header>;
+
+    /// Why a result has to have the tensors of its base with their types and shapes in one file, if so.
+    fn fixed_because(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// What stands before the data of a file.
+pub struct Header {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Behind each tensor zeros follow up to a multiple of this.
+    pub alignment: u64,
 }
 
 /// A tensor of a file that is to be written.
@@ -68,6 +81,8 @@ pub struct Entry<'a> {
     pub dtype: DType,
     /// Its shape, outermost first.
     pub shape: &'a [usize],
+    /// What it is, where it is quantised by blocks.
+    pub blocks: Option<&'a Blocks>,
 }
 
 /// Most dimensions of a tensor.
@@ -164,6 +179,27 @@ impl TensorFile {
     pub(crate) fn arrange(&mut self, change: impl FnOnce(&mut Directory)) {
         change(&mut self.directory);
         self.by_name = by_name(&self.directory.tensors);
+    }
+
+    /// Refuses tensors that are quantised by blocks, which have no values here.
+    ///
+    /// # Errors
+    /// [`Reason::QuantisedTensors`], all of them listed.
+    pub fn refuse_blocks(&self) -> Result<()> {
+        let quantised = self.directory.tensors.iter().filter_map(|tensor| {
+            let blocks = tensor.blocks.as_ref()?;
+            Some(format!(
+                "{}: {} {:?}",
+                tensor.name, blocks.name, blocks.shape
+            ))
+        });
+        let cases: Vec<String> = quantised.collect();
+        if cases.is_empty() {
+            return Ok(());
+        }
+        let count = cases.len();
+        let error = Error::new(Reason::QuantisedTensors { count });
+        Err(error.in_file(self.input.path()).with_cases(cases))
     }
 
     /// The tensor of a name.

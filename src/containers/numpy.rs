@@ -245,6 +245,7 @@ impl Header {
             },
             length: found,
             memory,
+            blocks: None,
         })
     }
 }

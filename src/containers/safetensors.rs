@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::{Container, DIMENSION_LIMIT, Directory, Entry, NAME_LIMIT, TensorFile, Writer};
+use super::{Container, DIMENSION_LIMIT, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Budget, TextMap};
 use crate::mapped::Input;
@@ -81,12 +81,15 @@ impl Writer for Safetensors {
         "safetensors"
     }
 
-    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Vec<u8>> {
+    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Header> {
         let entries: Vec<_> = tensors
             .iter()
             .map(|entry| (entry.name, entry.dtype, entry.shape))
             .collect();
-        header(&base.directory.metadata, &entries)
+        Ok(Header {
+            bytes: header(&base.directory.metadata, &entries)?,
+            alignment: 1,
+        })
     }
 }
 
@@ -296,6 +299,7 @@ fn place(
             offset: data_start + start,
             length: end - start,
             memory: None,
+            blocks: None,
         });
     }
     if end_of_last < data {

@@ -202,6 +202,7 @@ fn folded(down: &Tensor, mid: &Tensor) -> Result<Tensor> {
         offset: 0,
         length: bytes.len() as u64,
         memory: Some(Arc::from(bytes)),
+        blocks: None,
     })
 }
 

@@ -244,7 +244,11 @@ pub(super) fn of_tensors(
         found.file.directory.tensors.iter(),
     );
     inspection.format = format.map(|format| format.name().to_owned());
-    match found.read(options) {
+    let adapter = found
+        .file
+        .refuse_blocks()
+        .and_then(|()| found.read(options));
+    match adapter {
         Ok(adapter) => {
             inspection.adapter = Some(view(&adapter));
             inspection.notices.clone_from(&adapter.notices);
@@ -303,12 +307,9 @@ fn describe<'a>(
     };
     for tensor in tensors {
         inspection.tensors += 1;
-        inspection.parameters += tensor.elements() as u64;
+        inspection.parameters += tensor.parameters() as u64;
         inspection.bytes += tensor.length;
-        *inspection
-            .dtypes
-            .entry(tensor.dtype.to_string())
-            .or_default() += 1;
+        *inspection.dtypes.entry(tensor.type_name()).or_default() += 1;
     }
     inspection
 }

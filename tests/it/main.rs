@@ -1,6 +1,7 @@
 //! One integration binary, a module per room.
 
 mod arrows;
+mod bases_gguf;
 mod bases_ldm;
 mod bases_pipeline;
 mod bases_torch;

@@ -261,6 +261,7 @@ impl Walk<'_> {
             offset: 0,
             length,
             memory: None,
+            blocks: None,
         };
         let first = if count == 0 { 0 } else { view.offset * size };
         if let Bytes::File { start, .. } = bytes {
@@ -292,6 +293,7 @@ impl Walk<'_> {
                 Bytes::File { .. } => None,
                 Bytes::Memory(bytes) => Some(bytes.clone()),
             },
+            blocks: None,
         };
         tensor.memory = Some(gather(view, &whole.bytes()?, size as usize).into());
         Ok(tensor)

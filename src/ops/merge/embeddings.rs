@@ -184,6 +184,37 @@ fn repeats(embedding: &Module, head: &Module) -> Result<bool> {
     Ok(alike && embedding.method.is_transpose(embedding, head)?)
 }
 
+/// Refuses to change the input embedding of a GGUF file that has no output embedding.
+///
+/// llama.cpp reads both from the one tensor (`TENSOR_DUPLICATED` in `src/llama-model.cpp`), and the
+/// adapter was trained on the one side alone. Encoders have no output.
+pub(super) fn refuse_shared(
+    base: &Checkpoint,
+    adapters: &[Opened],
+    tensors: &[PlannedTensor],
+) -> Result<()> {
+    let shared = tensors
+        .iter()
+        .find(|tensor| tensor.name == "token_embd.weight");
+    let Some(shared) = shared.filter(|_| base.tensor("output.weight").is_none()) else {
+        return Ok(());
+    };
+    let is_encoder = base.shards.iter().any(|shard| {
+        let mut said = shard.file.directory.metadata.iter();
+        said.any(|(key, value)| {
+            key == "general.architecture" && (value.contains("bert") || value.contains("encoder"))
+        })
+    });
+    let parts = |planned: &super::plan::PlannedModule| adapters[planned.adapter].adapter.keeps_ties;
+    let changes = shared.replaced_by.is_some()
+        || !shared.rows.is_empty()
+        || !shared.modules.iter().all(parts);
+    if changes && !is_encoder {
+        return Err(shared.source.error(Reason::SharedEmbedding));
+    }
+    Ok(())
+}
+
 fn owner(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(owner, _)| owner)
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::plan::PlannedTensor;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Shape;
-use crate::containers::Entry;
+use crate::containers::{Entry, Header};
 use crate::error::{Error, Reason, Result};
 
 /// A file of the output: its header is final.
@@ -14,13 +14,19 @@ pub(super) struct File {
     pub(super) name: String,
     /// The part of the base whose tensors it holds.
     pub(super) part: usize,
-    pub(super) header: Vec<u8>,
+    pub(super) header: Header,
     pub(super) tensors: Vec<PlannedTensor>,
 }
 
 impl File {
     pub(super) fn bytes(&self) -> u64 {
-        self.header.len() as u64 + self.tensors.iter().map(PlannedTensor::bytes).sum::<u64>()
+        let data = |tensor: &PlannedTensor| tensor.bytes() + self.padding(tensor);
+        self.header.bytes.len() as u64 + self.tensors.iter().map(data).sum::<u64>()
+    }
+
+    /// Zeros behind a tensor.
+    pub(super) fn padding(&self, tensor: &PlannedTensor) -> u64 {
+        tensor.bytes().next_multiple_of(self.header.alignment) - tensor.bytes()
     }
 }
 

@@ -107,6 +107,7 @@ impl PlannedTensor {
             name: part.own_name(&self.name),
             dtype: self.dtype,
             shape: &self.shape,
+            blocks: self.source.blocks.as_ref(),
         }
     }
 
@@ -145,6 +146,16 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         left_out,
     } = resolve(options, &base, &adapters)?;
     let shape = output_shape(&base, &options.output)?;
+    if let Some(why) = base.writer().fixed_because() {
+        let asked = [
+            (options.dtype.is_some(), "--dtype"),
+            (options.shard_size.is_some(), "--shard-size"),
+        ];
+        if let Some((_, text)) = asked.into_iter().find(|(asked, _)| *asked) {
+            let (text, problem) = (text.to_owned(), why.to_owned());
+            return Err(Error::new(Reason::BadOption { text, problem }).in_file(&base.path));
+        }
+    }
     let companions = match (base.is_folder, shape) {
         (true, Shape::Folder) => companions(&base)?,
         _ => Companions::default(),
@@ -322,6 +333,7 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
             }
             found => found?,
         };
+        found.file.refuse_blocks()?;
         let adapter = found.read(&options.read)?;
         found.file.verify()?;
         let format = found.format().expect("it was read by a format");

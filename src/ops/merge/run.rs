@@ -134,8 +134,11 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
         let same = read.len() == file.tensors.len()
             && file.tensors.iter().all(|wanted| {
                 let wanted = wanted.entry(part);
-                read.get(wanted.name)
-                    .is_some_and(|found| found.shape == wanted.shape && found.dtype == wanted.dtype)
+                read.get(wanted.name).is_some_and(|found| {
+                    found.shape == wanted.shape
+                        && found.dtype == wanted.dtype
+                        && found.blocks.as_ref() == wanted.blocks
+                })
             });
         if !same {
             return Err(Error::new(Reason::ReadBack).in_file(path));
@@ -205,8 +208,8 @@ impl Run<'_> {
         let plan = self.plan;
         for file in &plan.files {
             writer.send(Message::Begin(sink.create(&file.name)?))?;
-            writer.send(Message::Bytes(file.header.clone()))?;
-            self.advance(file.header.len() as u64)?;
+            writer.send(Message::Bytes(file.header.bytes.clone()))?;
+            self.advance(file.header.bytes.len() as u64)?;
             self.tensors(file, writer)?;
             writer.send(Message::End)?;
         }
@@ -239,6 +242,12 @@ impl Run<'_> {
                 self.copy(pending.take(), writer)?;
                 let sums = self.evaluate(tensor, writer)?;
                 self.sums.push((tensor.name.clone(), sums));
+            }
+            let padding = file.padding(tensor);
+            if padding > 0 {
+                self.copy(pending.take(), writer)?;
+                writer.send(Message::Bytes(vec![0; padding as usize]))?;
+                self.advance(padding)?;
             }
         }
         self.copy(pending, writer)
