@@ -440,6 +440,8 @@ impl Checkpoint {
             }
             let dropped = training::unshare(file, untied, &part.unindexed, &mut self.notices);
             let head = dropped.into_iter().find(|name| is_output_embedding(name));
+            // Components of pipelines have no output embedding.
+            let head = head.filter(|_| part.name.is_empty());
             self.tied = self.tied.take().or(head);
         }
         if !part.name.is_empty() {
