@@ -135,6 +135,8 @@ reasons! {
         StrengthNotFinite { strength: f64 } => "strength must be a finite number, not {strength}",
         BadSize { text: String } => "`{text}` is not a size such as 5GB or 512MiB",
         BadOption { text: String, problem: String } => "`{text}`: {problem}",
+        SeveralVariants { count: usize } => "the weights are there in {count} variants",
+        NoVariant { name: String } => "no weights are there in the variant `{name}`",
         ThreadPool { problem: String } => "cannot start the worker threads: {problem}",
     }
     Io {
@@ -176,6 +178,7 @@ reasons! {
         Structure { problem: String } => "{problem}",
         NoTensors => "the file holds no tensor",
         ShardName { name: String } => "the index names the shard `{name}`, which is not a plain file name",
+        ComponentName { name: String } => "it names the component `{name}`, which is not a plain folder name",
         ShardMissing { name: String } => "the index names the shard `{name}`, which is not there",
         NotInShard { shard: String } => "the index places it in `{shard}`, which does not hold it",
         TwoShards { first: String, second: String } => "it is in both `{first}` and `{second}`",
@@ -197,13 +200,13 @@ reasons! {
     Unsupported {
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
-        BaseContainer { name: &'static str } => "this is a {name}; a base must be safetensors",
+        BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",
         ZipMember { what: &'static str } => "it is {what}, which is not read",
         PickleName { name: String } => "the pickle asks for `{name}`; only tensors and plain values are read, and nothing is ever executed",
         PickleInstruction { code: u8, at: usize } => "the pickle holds the instruction {code:#04x} at byte {at}, which no torch checkpoint needs",
         Stored { problem: String } => "{problem}",
         ScaleMissing => "no file says the scale of this adapter (`lora_parameters.scale`)",
-        QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which cannot be read yet",
+        QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which an adapter cannot be",
         Format { name: &'static str } => "this adapter is spelled as {name}, which can be inspected but not merged yet",
         FormatUnknown => "the spelling of this adapter is not recognised",
         NotAnAdapter => "this is a full checkpoint, not an adapter",
@@ -214,8 +217,9 @@ reasons! {
         QuantisedBase { how: String } => "the base is quantised ({how}); merge into the 16-bit original instead",
         TensorType { dtype: String } => "tensors of type {dtype} cannot be merged into",
         AdapterType { dtype: String } => "adapter tensors of type {dtype} are not supported",
-        BothLayouts => "both `model.safetensors` and an index are there, and they disagree",
-        NoCheckpoint => "no `model.safetensors` and no `model.safetensors.index.json` in this folder",
+        SharedEmbedding => "the file has no `output.weight`, so this tensor is the output embedding as well, which the adapter does not change",
+        BothLayouts { first: String, second: String } => "both `{first}` and `{second}` are there, and they are not one layout",
+        NoCheckpoint => "neither weights nor an index under a known name (`model.safetensors`, `pytorch_model.bin`, …) in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
         HeadsUnknown { tensor: String } => "how its rows lie in `{tensor}` depends on the number of heads, which no configuration beside the base tells",
@@ -399,6 +403,12 @@ impl Reason {
             Reason::NotACheckpoint => "remove the folder yourself, or name another output",
             Reason::ScaleMissing => {
                 "if you know the scale, write it into an `adapter_config.json` beside the weights: {\"lora_parameters\": {\"scale\": 20.0}}; the scripts of MLX used 20.0, the oldest 2.0"
+            }
+            Reason::SeveralVariants { .. } => {
+                "name one with --variant; `default` is the one without a name"
+            }
+            Reason::SharedEmbedding => {
+                "merge into the safetensors model, which can untie the two, and convert the result"
             }
             Reason::SwappedArguments => "exchange --base and --adapter",
             _ => return None,

@@ -64,6 +64,14 @@ pub enum NoticeKind {
     LeftOut,
     /// The adapter folder brings its own tokenizer.
     OwnTokenizer,
+    /// How the layout of the base was understood.
+    BaseLayout,
+    /// Names of the base that stand for a tensor which is kept under another name.
+    SharedTensor,
+    /// What a file of the base holds besides weights, and is not in the result.
+    NotWeights,
+    /// The averaged copy of changed weights in a checkpoint of a training was left alone.
+    EmaCopy,
     /// The method can be described but not merged.
     NotMergeable,
 }
@@ -77,6 +85,10 @@ impl NoticeKind {
                 | NoticeKind::StrengthInterpolates
                 | NoticeKind::Untied
                 | NoticeKind::OwnTokenizer
+                | NoticeKind::BaseLayout
+                | NoticeKind::SharedTensor
+                | NoticeKind::NotWeights
+                | NoticeKind::EmaCopy
         )
     }
 }

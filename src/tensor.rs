@@ -96,6 +96,17 @@ pub fn is_floating(dtype: DType) -> bool {
     )
 }
 
+/// A type that has a scale to a block of elements; it is stored and copied, and has no arithmetic here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// The type's name in the field.
+    pub name: &'static str,
+    /// Its number in the file.
+    pub code: u32,
+    /// The shape in elements, outermost first.
+    pub shape: Vec<usize>,
+}
+
 /// A tensor in an open file. Its container has checked that shape, type and bytes agree.
 #[derive(Clone)]
 pub struct Tensor {
@@ -116,6 +127,8 @@ pub struct Tensor {
     pub memory: Option<Arc<Vec<u8>>>,
     /// What makes the bytes, where they follow from other tensors.
     pub made: Option<Made>,
+    /// What it is, where it is quantised by blocks; then type and shape are those of its bytes.
+    pub blocks: Option<Blocks>,
 }
 
 /// Makes the bytes of a tensor when they are asked for, so that no more than one need be in memory.
@@ -146,6 +159,7 @@ impl Tensor {
             offset: 0,
             memory: None,
             made: Some(made),
+            blocks: None,
         }
     }
 
@@ -170,6 +184,21 @@ impl Tensor {
         self.shape.iter().product()
     }
 
+    /// The name of its type.
+    pub fn type_name(&self) -> String {
+        let blocks = self.blocks.as_ref();
+        blocks.map_or_else(|| self.dtype.to_string(), |blocks| blocks.name.to_owned())
+    }
+
+    /// Number of elements that the model has, also where they are quantised.
+    pub fn parameters(&self) -> usize {
+        let shape = self
+            .blocks
+            .as_ref()
+            .map_or(&self.shape, |blocks| &blocks.shape);
+        shape.iter().product()
+    }
+
     /// The size of one dimension; 1 for a dimension that is not there.
     pub fn dimension(&self, axis: usize) -> usize {
         self.shape.get(axis).copied().unwrap_or(1)
@@ -182,7 +211,7 @@ impl Tensor {
     pub fn float(&self) -> Result<Float> {
         Float::of(self.dtype).ok_or_else(|| {
             self.error(Reason::AdapterType {
-                dtype: self.dtype.to_string(),
+                dtype: self.type_name(),
             })
         })
     }

@@ -3,9 +3,11 @@
 //! An allow-list: a folder may also hold what must not be published with the result (keys, logs,
 //! notebooks, other weights). What is left behind is reported.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::Checkpoint;
 use super::index::is_plain_file_name;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
@@ -34,6 +36,8 @@ const LIMIT: u64 = 2 << 30;
 /// Names that are copied.
 const NAMES: &[&str] = &[
     "config.json",
+    "model_index.json",
+    "scheduler_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -90,11 +94,6 @@ const CODE: &[&str] = &[
     "generation_",
 ];
 
-/// Files of the weights themselves, which are neither copied nor worth a line.
-fn is_weights(name: &str) -> bool {
-    name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
-}
-
 fn is_companion(name: &str) -> bool {
     NAMES.contains(&name)
         || name.ends_with(".tiktoken")
@@ -102,37 +101,50 @@ fn is_companion(name: &str) -> bool {
         || name.ends_with(".py") && CODE.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Lists and opens the companions of a checkpoint's folder.
+/// Lists and opens the companions in a checkpoint's folder.
 ///
 /// # Errors
 /// What listing the folder and opening the files gives; [`Reason::FileTooLarge`].
-pub fn companions(folder: &Path) -> Result<Companions> {
+pub fn companions(base: &Checkpoint) -> Result<Companions> {
+    let folder = base.path.as_path();
     let mut found = Companions::default();
+    // The weights themselves are written anew.
+    let read: HashSet<&Path> = base.weights().map(|input| input.path()).collect();
     let mut folders = Vec::new();
     for (name, path) in entries(folder)? {
         if path.is_dir() {
             folders.push((name, path));
         } else if is_companion(&name) {
             found.copy(name, &path, folder)?;
-        } else if !is_weights(&name) {
+        } else if !read.contains(path.as_path()) {
             found.left.push(name);
         }
     }
-    let parts = sentence_transformer_parts(folder)?;
+    let (parts, components) = (sentence_transformer_parts(folder)?, base.components());
+    let is_small = |file: &str| {
+        let ends = [".json", ".safetensors", ".txt", ".model", ".jinja"];
+        ends.iter().any(|end| file.ends_with(end))
+    };
     for (name, path) in folders {
-        // A part of a sentence-transformers pipeline, or chat templates: small files only.
-        if parts.contains(&name) || name == "chat_templates" {
-            for (file, path) in entries(&path)? {
-                let name = format!("{name}/{file}");
-                let wanted = [".json", ".safetensors", ".txt", ".model", ".jinja"];
-                if path.is_dir() || !wanted.iter().any(|end| file.ends_with(end)) {
-                    found.left.push(name);
-                } else {
-                    found.copy(name, &path, folder)?;
-                }
-            }
+        let wanted: &dyn Fn(&str) -> bool = if components.contains(&&*name) {
+            &is_companion
+        } else if parts.contains(&name) || name == "chat_templates" {
+            // A part of a sentence-transformers pipeline, or chat templates: small files only.
+            &is_small
         } else {
             found.left.push(format!("{name}/"));
+            continue;
+        };
+        for (file, path) in entries(&path)? {
+            let name = format!("{name}/{file}");
+            if path.is_dir() {
+                found.left.push(format!("{name}/"));
+            } else if !read.contains(path.as_path()) {
+                match wanted(&file) {
+                    true => found.copy(name, &path, folder)?,
+                    false => found.left.push(name),
+                }
+            }
         }
     }
     Ok(found)
@@ -161,7 +173,7 @@ impl Companions {
 /// Whether a path leads to a file of the folder, or of the hub cache that the folder is a snapshot of.
 ///
 /// A link out of a stranger's folder could carry any file of this machine into a published result.
-fn stays(path: &Path, folder: &Path) -> bool {
+pub(super) fn stays(path: &Path, folder: &Path) -> bool {
     let (Ok(real), Ok(folder)) = (path.canonicalize(), folder.canonicalize()) else {
         return false;
     };
@@ -173,7 +185,7 @@ fn stays(path: &Path, folder: &Path) -> bool {
 }
 
 /// Entries of a folder by name, hidden ones left out.
-fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(super) fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let fail = |e| Error::io(Reason::Read, e).in_file(folder);
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(fail)? {

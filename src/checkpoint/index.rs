@@ -19,6 +19,9 @@ const VALUES: usize = 1_000_000;
 /// Most values of a `config.json` (label lists can be long).
 const CONFIG_VALUES: usize = 200_000;
 
+/// The configuration of a model.
+pub(super) const CONFIG: &str = "config.json";
+
 /// An index that was read.
 pub(super) struct Index {
     /// The file.
@@ -130,7 +133,7 @@ pub(super) fn text(
 
 /// Reads `config.json`.
 pub(super) fn model_config(folder: &Path) -> Result<Option<Document>> {
-    let path = folder.join("config.json");
+    let path = folder.join(CONFIG);
     if is_there(&path) {
         Document::read(&path, CONFIG_VALUES).map(Some)
     } else {

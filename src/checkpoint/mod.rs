@@ -3,14 +3,14 @@
 pub mod companions;
 pub mod config;
 mod index;
+mod names;
 pub mod sink;
 mod source;
 mod system;
+mod training;
 
-pub use source::{Checkpoint, Shard};
+pub use names::Variant;
+pub use source::{Checkpoint, Part, Shard};
 
-/// What a folder with one file of weights calls it.
-const SINGLE: &str = "model.safetensors";
-
-/// What a folder with several calls the map of them.
-const INDEX: &str = "model.safetensors.index.json";
+/// What makes a folder a pipeline of diffusers: which component is which class.
+const PIPELINE: &str = "model_index.json";

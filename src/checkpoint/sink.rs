@@ -4,12 +4,14 @@
 //! byte of it is durable. One lock per output name keeps other runs away, so whatever a dead run left
 //! behind can be swept by whoever holds the lock. Nothing existing is ever opened for writing.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{INDEX, SINGLE, system};
+use super::names::holds_a_result;
+use super::system;
 use crate::error::{Error, Reason, Result};
 use crate::mapped::{Input, is_there};
 
@@ -235,6 +237,7 @@ impl Destination {
             aside,
             lock,
             published: false,
+            folders: Mutex::default(),
         };
         if sink.destination.shape == Shape::Folder {
             let faults = &sink.destination.faults;
@@ -260,10 +263,7 @@ impl Shape {
 /// a collection of models.
 fn is_replaceable(folder: &Path) -> bool {
     let is_empty = || std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
-    [SINGLE, INDEX]
-        .iter()
-        .any(|name| is_there(&folder.join(name)))
-        || is_empty()
+    holds_a_result(folder) || is_empty()
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -366,10 +366,12 @@ pub struct Sink {
     // Held until the end: dropped after the temporary is gone.
     lock: Lock,
     published: bool,
+    /// Folders in the output, those within others behind them.
+    folders: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl Sink {
-    /// Creates a file of the output; `name` may have one folder in front and is ignored where the
+    /// Creates a file of the output; `name` may have folders in front and is ignored where the
     /// output is one file.
     ///
     /// # Errors
@@ -383,10 +385,10 @@ impl Sink {
             ),
         };
         let fail = |e| Error::io(Reason::Create, e).in_file(&shown);
-        if let Some((folder, _)) = name.rsplit_once('/')
+        if let Some((folders, _)) = name.rsplit_once('/')
             && self.destination.shape == Shape::Folder
         {
-            std::fs::create_dir_all(self.temporary.join(folder)).map_err(fail)?;
+            self.create_folders(folders).map_err(fail)?;
         }
         self.destination
             .faults
@@ -409,6 +411,20 @@ impl Sink {
         })
     }
 
+    fn create_folders(&self, folders: &str) -> io::Result<()> {
+        let mut path = self.temporary.clone();
+        let mut created = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
+        for folder in folders.split('/') {
+            path.push(folder);
+            if !created.contains(&path) {
+                self.destination.faults.before(Operation::Create)?;
+                std::fs::create_dir(&path)?;
+                created.insert(path.clone());
+            }
+        }
+        Ok(())
+    }
+
     /// Moves the complete output into place, durably.
     ///
     /// # Errors
@@ -429,15 +445,11 @@ impl Sink {
             result.map_err(|e| Error::io(Reason::Sync, e).in_file(target))
         };
         if *shape == Shape::Folder {
-            for entry in std::fs::read_dir(&self.temporary)
-                .into_iter()
-                .flatten()
-                .flatten()
-            {
-                if entry.path().is_dir() {
-                    sync(&entry.path())?;
-                }
+            let folders = self.folders.lock().unwrap_or_else(PoisonError::into_inner);
+            for folder in folders.iter().rev() {
+                sync(folder)?;
             }
+            drop(folders);
             sync(&self.temporary)?;
         }
         let fail = |e: io::Error| match e.kind() {

@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 
 use clap::{ArgMatches, Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use loratool::checkpoint::Variant;
 use loratool::formats::ReadOptions;
 use loratool::ops::merge::{Control, Options, Report, Selection, plan};
 use loratool::tensor::Float;
@@ -27,9 +28,12 @@ Examples:
 Each --strength and --strength-for belongs to the --adapter before it; a --strength-for
 before the first --adapter belongs to all of them.")]
 pub(super) struct Merge {
-    /// A .safetensors file, or a folder with one or with an index and its shards
+    /// A file of tensors, or a folder with one or with an index and its shards
     #[arg(long, value_name = "PATH")]
     base: Path,
+    /// Which weights, where the base has several (fp16, non_ema; default for those without a name)
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
     /// An adapter folder, or its file of tensors with the configuration beside it (repeatable)
     #[arg(long, value_name = "PATH", required = true)]
     adapter: Vec<Path>,
@@ -45,7 +49,7 @@ pub(super) struct Merge {
     /// Leave out modules whose path the pattern finds (repeatable)
     #[arg(long, value_name = "REGEX")]
     skip: Vec<String>,
-    /// A folder; or a file, if the base is a file and this ends in .safetensors
+    /// A folder; or a file, if the base is a file and this ends as the result does (.safetensors)
     #[arg(long, short, value_name = "PATH")]
     output: Path,
     /// Type of all floating tensors of the result
@@ -120,6 +124,7 @@ impl Merge {
     fn options(&self, matches: &ArgMatches) -> Result<Options, Error> {
         Ok(Options {
             base: self.base.clone(),
+            variant: self.variant.clone().map_or(Variant::Only, Variant::Named),
             adapters: self.selections(matches)?,
             output: self.output.clone(),
             only: self.only.clone(),

@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
-use crate::tensor::Tensor;
+use crate::tensor::{Blocks, DType, Tensor};
 
 mod foreign;
-mod gguf;
+pub mod gguf;
 mod numpy;
 pub mod safetensors;
 mod strided;
@@ -34,19 +34,59 @@ pub trait Container: Sync {
     /// What the bytes get wrong, with the tensor in question.
     fn open(&self, input: Arc<Input>) -> Result<Directory>;
 
-    /// Compares the data with the checksums that the file states, if it states any; reads all of it.
+    /// Compares the data with the checksums that the file states, if it states any; reads all of it,
+    /// and asks `watch` between pieces whether to go on.
     ///
     /// # Errors
-    /// [`Reason::Checksum`], with the place.
-    fn verify(&self, input: Arc<Input>) -> Result<()> {
-        let _ = input;
+    /// [`Reason::Checksum`], with the place; what `watch` says.
+    fn verify(&self, input: Arc<Input>, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        let _ = (input, watch);
         Ok(())
     }
 
-    /// Whether a checkpoint in it can be the base of a merge, whose result is a safetensors file.
-    fn is_base(&self) -> bool {
-        false
+    /// What a merge into a checkpoint in this container is written as; nothing where it is no base.
+    fn result(&self) -> Option<&'static dyn Writer> {
+        None
     }
+}
+
+/// A container that results are written in.
+pub trait Writer: Container {
+    /// How the names of its files end.
+    fn extension(&self) -> &'static str;
+
+    /// What stands before the data in a file of these tensors, in the order of their data, that takes
+    /// the place of `base`.
+    ///
+    /// # Errors
+    /// What the container cannot hold.
+    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Header>;
+
+    /// Why a result has to have the tensors of its base with their types and shapes in one file, if so.
+    fn fixed_because(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// What stands before the data of a file.
+pub struct Header {
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Behind each tensor zeros follow up to a multiple of this.
+    pub alignment: u64,
+}
+
+/// A tensor of a file that is to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its type.
+    pub dtype: DType,
+    /// Its shape, outermost first.
+    pub shape: &'a [usize],
+    /// What it is, where it is quantised by blocks.
+    pub blocks: Option<&'a Blocks>,
 }
 
 /// Most dimensions of a tensor.
@@ -114,14 +154,11 @@ impl TensorFile {
         let directory = container
             .open(input.clone())
             .map_err(|e| e.in_file(input.path()))?;
-        let tensors = &directory.tensors;
-        let mut by_name: Vec<usize> = (0..tensors.len()).collect();
-        by_name.sort_by_key(|place| name_at(tensors, *place));
         Ok(TensorFile {
             input,
             container,
+            by_name: by_name(&directory.tensors),
             directory,
-            by_name,
         })
     }
 
@@ -130,8 +167,43 @@ impl TensorFile {
     /// # Errors
     /// Those of [`Container::verify`].
     pub fn verify(&self) -> Result<()> {
-        let checked = self.container.verify(self.input.clone());
+        self.verify_while(&|| Ok(()))
+    }
+
+    /// The same, as long as `watch` lets it go on.
+    ///
+    /// # Errors
+    /// Those of [`Container::verify`].
+    pub fn verify_while(&self, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        let checked = self.container.verify(self.input.clone(), watch);
         checked.map_err(|e| e.in_file(self.input.path()))
+    }
+
+    /// Changes what it is taken to hold.
+    pub(crate) fn arrange(&mut self, change: impl FnOnce(&mut Directory)) {
+        change(&mut self.directory);
+        self.by_name = by_name(&self.directory.tensors);
+    }
+
+    /// Refuses tensors that are quantised by blocks, which have no values here.
+    ///
+    /// # Errors
+    /// [`Reason::QuantisedTensors`], all of them listed.
+    pub fn refuse_blocks(&self) -> Result<()> {
+        let quantised = self.directory.tensors.iter().filter_map(|tensor| {
+            let blocks = tensor.blocks.as_ref()?;
+            Some(format!(
+                "{}: {} {:?}",
+                tensor.name, blocks.name, blocks.shape
+            ))
+        });
+        let cases: Vec<String> = quantised.collect();
+        if cases.is_empty() {
+            return Ok(());
+        }
+        let count = cases.len();
+        let error = Error::new(Reason::QuantisedTensors { count });
+        Err(error.in_file(self.input.path()).with_cases(cases))
     }
 
     /// The tensor of a name.
@@ -142,6 +214,12 @@ impl TensorFile {
             .binary_search_by_key(&Some(name), |place| name_at(tensors, *place));
         tensors.get(*self.by_name.get(place.ok()?)?)
     }
+}
+
+fn by_name(tensors: &[Tensor]) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..tensors.len()).collect();
+    places.sort_by_key(|place| name_at(tensors, *place));
+    places
 }
 
 fn name_at(tensors: &[Tensor], place: usize) -> Option<&str> {

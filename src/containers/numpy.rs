@@ -68,8 +68,8 @@ impl Container for Npz {
         first_name(head).is_some_and(|name| name.ends_with(b".npy"))
     }
 
-    fn verify(&self, input: Arc<Input>) -> Result<()> {
-        Archive::read(input)?.verify()
+    fn verify(&self, input: Arc<Input>, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        Archive::read(input)?.verify(watch)
     }
 
     fn open(&self, input: Arc<Input>) -> Result<Directory> {
@@ -244,6 +244,7 @@ impl Header {
             length: found,
             memory,
             made: None,
+            blocks: None,
         })
     }
 

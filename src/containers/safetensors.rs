@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
+use super::{Container, DIMENSION_LIMIT, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Budget, TextMap};
 use crate::mapped::Input;
@@ -45,8 +45,8 @@ impl Container for Safetensors {
         }
     }
 
-    fn is_base(&self) -> bool {
-        true
+    fn result(&self) -> Option<&'static dyn Writer> {
+        Some(&Safetensors)
     }
 
     fn open(&self, input: Arc<Input>) -> Result<Directory> {
@@ -73,6 +73,23 @@ impl Container for Safetensors {
         let data_start = 8 + header;
         let tensors = place(entries, input, data_start, length - data_start)?;
         Ok(Directory { tensors, metadata })
+    }
+}
+
+impl Writer for Safetensors {
+    fn extension(&self) -> &'static str {
+        "safetensors"
+    }
+
+    fn header(&self, base: &TensorFile, tensors: &[Entry<'_>]) -> Result<Header> {
+        let entries: Vec<_> = tensors
+            .iter()
+            .map(|entry| (entry.name, entry.dtype, entry.shape))
+            .collect();
+        Ok(Header {
+            bytes: header(&base.directory.metadata, &entries)?,
+            alignment: 1,
+        })
     }
 }
 
@@ -283,6 +300,7 @@ fn place(
             length: end - start,
             memory: None,
             made: None,
+            blocks: None,
         });
     }
     if end_of_last < data {

@@ -200,13 +200,14 @@ impl Archive {
     }
 
     /// Compares every stored member with its checksum, piece by piece.
-    pub(super) fn verify(&self) -> Result<()> {
+    pub(super) fn verify(&self, watch: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut buffer = Vec::new();
         for member in self.members.iter().filter(|member| !member.deflated) {
             buffer.resize(1 << 20, 0);
             let mut hasher = crc32fast::Hasher::new();
             let mut done = 0;
             while done < member.size {
+                watch()?;
                 let left = member.size - done;
                 if left < buffer.len() as u64 {
                     buffer.truncate(left as usize);

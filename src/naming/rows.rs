@@ -94,7 +94,7 @@ impl Rows {
     ) -> Option<Vec<Range<usize>>> {
         let block = |index: usize, size: usize| {
             let end = size.checked_mul(index + 1).filter(|end| *end <= rows)?;
-            (size > 0).then(|| vec![end - size..end])
+            (size > 0).then(|| one(end - size..end))
         };
         // The heads of one kind, `size` rows each, in groups of `group` heads of any kind.
         let strided = |groups: usize, group: usize, first: usize, count: usize| {
@@ -107,14 +107,14 @@ impl Rows {
             exact.then(|| (0..groups).map(run).collect())
         };
         match self {
-            Rows::Whole | Rows::Transposed => Some(vec![0..rows]),
+            Rows::Whole | Rows::Transposed => Some(one(0..rows)),
             Rows::Block { index, of } => {
                 block(index, rows / of.max(1)).filter(|_| rows.is_multiple_of(of))
             }
             Rows::Square { index } => block(index, columns),
             Rows::Rest { after } => {
                 let start = after.checked_mul(columns).filter(|start| *start < rows)?;
-                Some(vec![start..rows])
+                Some(one(start..rows))
             }
             Rows::Swapped => rows
                 .is_multiple_of(2)
@@ -155,6 +155,10 @@ impl Rows {
             }
         }
     }
+}
+
+fn one(range: Range<usize>) -> Vec<Range<usize>> {
+    std::iter::once(range).collect()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::inspect::{Inspection, Opened, Problem, of_checkpoint, of_tensors, open};
 use super::merge::{Options, Selection, fits};
 use crate::adapter::scan::{self, Scan};
+use crate::checkpoint::Variant;
 use crate::error::{Error, Result};
 use crate::formats::ReadOptions;
 use crate::notice::{Notice, NoticeKind};
@@ -75,6 +76,9 @@ impl Verdict {
                 let inspection = of_checkpoint(path, &checkpoint);
                 self.notices(&inspection.notices);
                 self.inspection = Some(inspection);
+                for shard in &checkpoint.shards {
+                    shard.file.verify()?;
+                }
                 let tensors: Vec<&Tensor> = checkpoint.tensors().collect();
                 let scans = Scan::all(&tensors)?;
                 let odd = tensors
@@ -121,6 +125,7 @@ impl Verdict {
     fn fit(&mut self, path: &Path, base: &Path, options: &ReadOptions) -> Result<()> {
         let options = Options {
             base: base.to_owned(),
+            variant: Variant::Any,
             adapters: vec![Selection {
                 path: path.to_owned(),
                 strength: 1.0,

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Kind, Reason, Result};
 use crate::formats::{Found, ReadOptions, Summary};
 use crate::notice::{Notice, NoticeKind};
@@ -162,7 +162,7 @@ pub(super) enum Opened {
 
 pub(super) fn open(path: &Path) -> Result<Opened> {
     if path.is_dir() {
-        match Checkpoint::open(path) {
+        match Checkpoint::open_variant(path, &Variant::Any) {
             Ok(checkpoint) => return Ok(Opened::Checkpoint(Box::new(checkpoint))),
             Err(error) => match error.reason() {
                 // Perhaps an adapter, or a folder with one file of tensors.
@@ -172,7 +172,7 @@ pub(super) fn open(path: &Path) -> Result<Opened> {
         }
     }
     let found = Found::open(path)?;
-    let may_be_base = found.file.container.is_base();
+    let may_be_base = found.file.container.result().is_some();
     if may_be_base && found.looks_like_checkpoint() && !path.is_dir() {
         return Checkpoint::of_file(path, found.file)
             .map(|checkpoint| Opened::Checkpoint(Box::new(checkpoint)));
@@ -190,12 +190,13 @@ pub(super) fn of_checkpoint(path: &Path, checkpoint: &Checkpoint) -> Inspection 
         shards: checkpoint
             .shards
             .iter()
-            .map(|shard| shard.name.clone())
+            .map(|shard| checkpoint.parts[shard.part].place(&shard.name))
             .collect(),
         config: BTreeMap::new(),
         quantisation: checkpoint.quantisation(),
     };
     for key in [
+        "_class_name",
         "model_type",
         "vocab_size",
         "tie_word_embeddings",
@@ -243,7 +244,11 @@ pub(super) fn of_tensors(
         found.file.directory.tensors.iter(),
     );
     inspection.format = format.map(|format| format.name().to_owned());
-    match found.read(options) {
+    let adapter = found
+        .file
+        .refuse_blocks()
+        .and_then(|()| found.read(options));
+    match adapter {
         Ok(adapter) => {
             inspection.adapter = Some(view(&adapter));
             inspection.notices.clone_from(&adapter.notices);
@@ -302,12 +307,9 @@ fn describe<'a>(
     };
     for tensor in tensors {
         inspection.tensors += 1;
-        inspection.parameters += tensor.elements() as u64;
+        inspection.parameters += tensor.parameters() as u64;
         inspection.bytes += tensor.length;
-        *inspection
-            .dtypes
-            .entry(tensor.dtype.to_string())
-            .or_default() += 1;
+        *inspection.dtypes.entry(tensor.type_name()).or_default() += 1;
     }
     inspection
 }

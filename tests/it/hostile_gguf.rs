@@ -9,18 +9,18 @@ use loratool::{Error, Kind, Reason};
 use crate::hostile_support::{
     Difference, Room, assert_printable, assert_reason, change_every_byte, open_as, refused_as,
 };
-use crate::support::{fixture, merge, options};
+use crate::support::fixture;
 
-fn text(text: &str) -> Vec<u8> {
+pub(crate) fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
 /// A key with a value of a type.
-fn key(name: &str, kind: u32, value: &[u8]) -> Vec<u8> {
+pub(crate) fn key(name: &str, kind: u32, value: &[u8]) -> Vec<u8> {
     [&*text(name), &kind.to_le_bytes(), value].concat()
 }
 
-fn info(name: &str, sizes: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+pub(crate) fn info(name: &str, sizes: &[u64], kind: u32, offset: u64) -> Vec<u8> {
     let mut bytes = text(name);
     bytes.extend((sizes.len() as u32).to_le_bytes());
     for size in sizes {
@@ -32,7 +32,7 @@ fn info(name: &str, sizes: &[u64], kind: u32, offset: u64) -> Vec<u8> {
 }
 
 /// A file of these keys, these tensors, and so many bytes of data.
-fn gguf(keys: &[Vec<u8>], infos: &[Vec<u8>], data: usize) -> Vec<u8> {
+pub(crate) fn gguf(keys: &[Vec<u8>], infos: &[Vec<u8>], data: usize) -> Vec<u8> {
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
     bytes.extend((infos.len() as u64).to_le_bytes());
     bytes.extend((keys.len() as u64).to_le_bytes());
@@ -361,15 +361,19 @@ fn lengths_that_lie_are_refused_before_anything_is_read() {
 }
 
 #[test]
-fn quantised_tensors_are_listed() {
+fn quantised_tensors_are_bytes_that_say_what_they_are() {
     let infos = [
         info("a", &[32], 2, 0),
         info("b", &[8], 0, 32),
-        info("c", &[256], 14, 64),
+        info("c", &[256, 2], 14, 64),
     ];
-    let error = refused(gguf(&[], &infos, 512));
+    let file = open(gguf(&[], &infos, 512)).unwrap();
+    let c = file.tensor("c").unwrap();
+    assert_eq!((c.dtype, &*c.shape), (DType::U8, &[420][..]));
+    assert_eq!((c.type_name().as_str(), c.parameters()), ("Q6_K", 512));
+    let error = file.refuse_blocks().unwrap_err();
     assert_reason!(error, Reason::QuantisedTensors { count: 2 });
-    assert_eq!(error.cases(), ["a: Q4_0 [32]", "c: Q6_K [256]"]);
+    assert_eq!(error.cases(), ["a: Q4_0 [32]", "c: Q6_K [2, 256]"]);
     let error = refused(gguf(&[], &[info("a", &[32], 999, 0)], 32));
     assert_reason!(error, Reason::Structure { .. });
 }
@@ -523,16 +527,4 @@ fn a_changed_byte_is_refused_or_changes_only_what_it_encodes() {
             "{refused}, {same}, {other}"
         );
     }
-}
-
-#[test]
-fn a_gguf_file_is_no_base_yet() {
-    let room = Room::new();
-    let error = merge(&options(
-        &fixture("gguf/model.gguf"),
-        &fixture("mlx/lora/adapter"),
-        &room.path("out"),
-    ))
-    .unwrap_err();
-    assert_reason!(error, Reason::BaseContainer { name: "GGUF" });
 }

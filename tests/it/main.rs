@@ -1,6 +1,10 @@
 //! One integration binary, a module per room.
 
 mod arrows;
+mod bases_gguf;
+mod bases_ldm;
+mod bases_pipeline;
+mod bases_torch;
 #[cfg(feature = "cli")]
 mod cli;
 mod convert;

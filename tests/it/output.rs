@@ -593,7 +593,7 @@ fn run(options: &Options, control: &Control<'_>) -> Result<Report> {
 
 /// Which operations fail.
 #[derive(Clone, Copy, Debug)]
-enum Failing {
+pub(crate) enum Failing {
     /// Only the one of this number.
     Only(usize),
     /// All from this number on, as on a disk that is full.
@@ -621,7 +621,7 @@ fn faults(failing: Failing) -> (Faults, Arc<Mutex<Vec<Operation>>>) {
 }
 
 /// Runs with faults: the result, the operations, and the number of the one that moves into place.
-fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation>) {
+pub(crate) fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation>) {
     let (faults, seen) = faults(failing);
     let control = Control {
         faults,
@@ -633,7 +633,7 @@ fn faulty(options: &Options, failing: Failing) -> (Result<Report>, Vec<Operation
 }
 
 /// Makes every operation of a merge fail in turn, over this old output or none.
-fn fail_everywhere(options: &Options, old: Option<&[(PathBuf, Vec<u8>)]>) {
+pub(crate) fn fail_everywhere(options: &Options, old: Option<&[(PathBuf, Vec<u8>)]>) {
     let new = result_of(options);
     let (result, operations) = faulty(options, Failing::Only(usize::MAX));
     result.unwrap();

@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::safetensors::Safetensors;
 use super::zip::{Archive, MEMORY_LIMIT, beyond_memory, first_name};
-use super::{Container, Directory};
+use super::{Container, Directory, Writer};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 
@@ -107,8 +108,12 @@ impl Container for TorchZip {
         state::directory(&pickle, &storages, &input, &mut budget)
     }
 
-    fn verify(&self, input: Arc<Input>) -> Result<()> {
-        Archive::read(input)?.verify()
+    fn verify(&self, input: Arc<Input>, watch: &dyn Fn() -> Result<()>) -> Result<()> {
+        Archive::read(input)?.verify(watch)
+    }
+
+    fn result(&self) -> Option<&'static dyn Writer> {
+        Some(&Safetensors)
     }
 }
 
@@ -157,6 +162,10 @@ impl Container for LegacyPickle {
                 result => return result,
             }
         }
+    }
+
+    fn result(&self) -> Option<&'static dyn Writer> {
+        Some(&Safetensors)
     }
 }
 

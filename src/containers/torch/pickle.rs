@@ -32,8 +32,10 @@ pub(super) enum Value {
 pub(super) enum Object<'a> {
     /// A text, which lies in the pickle.
     Text(&'a str),
-    /// Bytes: how many.
-    Bytes(usize),
+    /// Bytes, which lie in the pickle.
+    Bytes(&'a [u8]),
+    /// Bytes that are spelled as a text, a character for each.
+    Spelled(&'a str),
     Tuple(Vec<Value>),
     List(Vec<Value>),
     Dict(Vec<(Value, Value)>),
@@ -42,6 +44,17 @@ pub(super) enum Object<'a> {
     Tensor(View),
     /// A device: without meaning here.
     Device,
+    /// The type of a number of numpy.
+    Number(Number),
+}
+
+/// The types of numbers of numpy that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Number {
+    F64,
+    F32,
+    I64,
+    I32,
 }
 
 /// What a checkpoint may ask for by name.
@@ -58,6 +71,12 @@ pub(super) enum Global {
     Storage(Option<DType>),
     /// A type of elements.
     Type(DType),
+    /// `numpy.dtype`, `numpy.core.multiarray.scalar`, and what spells their bytes in protocol 2.
+    NumpyType,
+    NumpyScalar,
+    Encode,
+    /// A class that is a key in the state of a training, and never called.
+    Label(&'static str),
 }
 
 /// The only names that are known.
@@ -113,6 +132,16 @@ const GLOBALS: &[(&str, &str, Global)] = &[
     ("torch", "uint16", Global::Type(DType::U16)),
     ("torch", "uint8", Global::Type(DType::U8)),
     ("torch", "bool", Global::Type(DType::BOOL)),
+    // What the checkpoints of latent diffusion hold besides their weights.
+    ("numpy", "dtype", Global::NumpyType),
+    ("numpy.core.multiarray", "scalar", Global::NumpyScalar),
+    ("numpy._core.multiarray", "scalar", Global::NumpyScalar),
+    ("_codecs", "encode", Global::Encode),
+    (
+        "pytorch_lightning.callbacks.model_checkpoint",
+        "ModelCheckpoint",
+        Global::Label("ModelCheckpoint"),
+    ),
 ];
 
 /// A run of elements that a pickle refers to.
@@ -362,7 +391,15 @@ impl<'a> Machine<'a> {
                 let is =
                     |value, test: fn(&Object) -> bool| self.pickle.object(value).is_some_and(test);
                 let dict = |object: &Object| matches!(object, Object::Dict(_));
-                if !is(target, dict) || !is(state, dict) {
+                let number = |object: &Object| matches!(object, Object::Number(_));
+                if is(target, number) {
+                    // Version, order of the bytes, and what only structures have.
+                    let order = self.pickle.tuple(state).and_then(|items| items.get(1));
+                    let order = order.and_then(|order| self.pickle.text(*order));
+                    if order != Some("<") {
+                        return self.wrong("a number that is not in little-endian order");
+                    }
+                } else if !is(target, dict) || !is(state, dict) {
                     return self.wrong("state for something that is no state dictionary");
                 }
             }
@@ -439,8 +476,8 @@ impl<'a> Machine<'a> {
 
     fn raw(&mut self, size: u64) -> Result<()> {
         let length = self.number(size)?;
-        let count = self.take(length)?.len();
-        self.object(Object::Bytes(count));
+        let bytes = self.take(length)?;
+        self.object(Object::Bytes(bytes));
         Ok(())
     }
 
@@ -635,9 +672,54 @@ impl<'a> Machine<'a> {
                 let view = self.view(*storage, *offset, *shape, *strides, Some(*dtype))?;
                 self.object(Object::Tensor(view));
             }
+            // The text of a type, and two flags about copying it.
+            (Global::NumpyType, [code, Value::Bool(_), Value::Bool(_)]) => {
+                let number = match self.pickle.text(*code) {
+                    Some("f8") => Number::F64,
+                    Some("f4") => Number::F32,
+                    Some("i8") => Number::I64,
+                    Some("i4") => Number::I32,
+                    _ => return self.wrong("a number of a type that is not read"),
+                };
+                self.object(Object::Number(number));
+            }
+            (Global::Encode, [text, encoding]) if self.pickle.text(*encoding) == Some("latin1") => {
+                let Some(text) = self.pickle.text(*text) else {
+                    return self.wrong("bytes that are spelled by no text");
+                };
+                self.object(Object::Spelled(text));
+            }
+            (Global::NumpyScalar, [number, bytes]) => {
+                let value = self.scalar(*number, *bytes);
+                match value {
+                    Some(value) => self.stack.push(value),
+                    None => return self.wrong("a number of numpy without its bytes"),
+                }
+            }
             _ => return self.wrong("a call with other arguments than torch gives it"),
         }
         Ok(())
+    }
+
+    fn scalar(&self, number: Value, bytes: Value) -> Option<Value> {
+        let Some(Object::Number(number)) = self.pickle.object(number) else {
+            return None;
+        };
+        let bytes: Vec<u8> = match self.pickle.object(bytes)? {
+            Object::Bytes(bytes) if bytes.len() <= 8 => bytes.to_vec(),
+            // Characters of one or two bytes each.
+            Object::Spelled(text) if text.len() <= 16 => {
+                let bytes = text.chars().map(|c| u8::try_from(u32::from(c)).ok());
+                bytes.collect::<Option<_>>()?
+            }
+            _ => return None,
+        };
+        Some(match number {
+            Number::F64 => Value::Float(f64::from_le_bytes(bytes.try_into().ok()?)),
+            Number::F32 => Value::Float(f32::from_le_bytes(bytes.try_into().ok()?).into()),
+            Number::I64 => Value::Int(i64::from_le_bytes(bytes.try_into().ok()?).into()),
+            Number::I32 => Value::Int(i32::from_le_bytes(bytes.try_into().ok()?).into()),
+        })
     }
 
     /// Whether a tensor has no marks such as "conjugate" or "negative", which change its values.

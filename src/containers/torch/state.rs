@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::beyond_memory;
-use super::pickle::{Object, Pickle, Value, View};
+use super::pickle::{Global, Object, Pickle, Value, View};
 use crate::containers::safetensors::TENSOR_LIMIT;
 use crate::containers::strided::gather;
 use crate::containers::{Directory, NAME_LIMIT};
@@ -129,6 +129,7 @@ impl Walk<'_> {
             match key {
                 None => name.push_str(&place.to_string()),
                 Some(Value::Int(number)) => name.push_str(&number.to_string()),
+                Some(Value::Global(Global::Label(label))) => name.push_str(label),
                 Some(key) => match self.pickle.text(key) {
                     Some(text) if !text.is_empty() => name.push_str(text),
                     Some(_) => return Err(Error::new(Reason::EmptyName).on(name)),
@@ -204,8 +205,10 @@ impl Walk<'_> {
                 format!("(a text of {} bytes)", text.len())
             }
             (_, Some(Object::Text(text))) => (*text).to_owned(),
-            (_, Some(Object::Bytes(count))) => format!("({count} bytes)"),
+            (_, Some(Object::Bytes(bytes))) => format!("({} bytes)", bytes.len()),
             (_, Some(Object::Device)) => "(a device)".to_owned(),
+            (_, Some(Object::Spelled(_))) => "(bytes)".to_owned(),
+            (_, Some(Object::Number(_))) => "(a type of numbers)".to_owned(),
             _ => "(a storage)".to_owned(),
         };
         self.count_text(shown.len())?;
@@ -263,6 +266,7 @@ impl Walk<'_> {
             length,
             memory: None,
             made: None,
+            blocks: None,
         };
         let first = if count == 0 { 0 } else { view.offset * size };
         if let Bytes::File { start, .. } = bytes {
@@ -296,6 +300,7 @@ impl Walk<'_> {
                 Bytes::Memory(bytes) => Some(bytes.clone()),
             },
             made: None,
+            blocks: None,
         };
         let axes = view.shape.iter().zip(&view.strides);
         let axes: Vec<_> = axes

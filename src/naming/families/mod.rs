@@ -26,6 +26,9 @@ pub enum Layout {
     Litgpt,
 }
 
+/// Longer than any path that a row describes.
+const LONGEST: usize = 256;
+
 /// A family under one other layout.
 #[derive(Debug)]
 pub struct Family {
@@ -114,6 +117,9 @@ impl Match {
 
 /// Every row that a path fits, dotted or with every dot written as `_`.
 pub fn find(path: &str, flattened: bool) -> Vec<Match> {
+    if path.len() > LONGEST {
+        return Vec::new();
+    }
     let (pattern, found) = wildcards(path);
     let entries = index().patterns.get(&pattern).into_iter().flatten();
     let fits = |entry: &&Entry| {

@@ -39,7 +39,10 @@ impl Ties {
         };
         let head = match base.output_embedding() {
             Some(head) => head.name.clone(),
-            None => head_name(base, &embedding.name).to_owned(),
+            None => base
+                .dropped_output_embedding()
+                .unwrap_or_else(|| head_name(base, &embedding.name))
+                .to_owned(),
         };
         let sides = [owner(&embedding.name), owner(&head)].map(leaf);
         let touches = |adapter: &Adapter| {
@@ -179,6 +182,37 @@ fn same(a: &PlannedTensor, b: &PlannedTensor, adapters: &[Opened]) -> Result<boo
 fn repeats(embedding: &Module, head: &Module) -> Result<bool> {
     let alike = embedding.scale == head.scale && embedding.method.name() == head.method.name();
     Ok(alike && embedding.method.is_transpose(embedding, head)?)
+}
+
+/// Refuses to change the input embedding of a GGUF file that has no output embedding.
+///
+/// llama.cpp reads both from the one tensor (`TENSOR_DUPLICATED` in `src/llama-model.cpp`), and the
+/// adapter was trained on the one side alone. Encoders have no output.
+pub(super) fn refuse_shared(
+    base: &Checkpoint,
+    adapters: &[Opened],
+    tensors: &[PlannedTensor],
+) -> Result<()> {
+    let shared = tensors
+        .iter()
+        .find(|tensor| tensor.name == "token_embd.weight");
+    let Some(shared) = shared.filter(|_| base.tensor("output.weight").is_none()) else {
+        return Ok(());
+    };
+    let is_encoder = base.shards.iter().any(|shard| {
+        let mut said = shard.file.directory.metadata.iter();
+        said.any(|(key, value)| {
+            key == "general.architecture" && (value.contains("bert") || value.contains("encoder"))
+        })
+    });
+    let parts = |planned: &super::plan::PlannedModule| adapters[planned.adapter].adapter.keeps_ties;
+    let changes = shared.replaced_by.is_some()
+        || !shared.rows.is_empty()
+        || !shared.modules.iter().all(parts);
+    if changes && !is_encoder {
+        return Err(shared.source.error(Reason::SharedEmbedding));
+    }
+    Ok(())
 }
 
 fn owner(name: &str) -> &str {

@@ -6,24 +6,32 @@ use std::path::Path;
 use super::plan::PlannedTensor;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Shape;
-use crate::containers::safetensors;
+use crate::containers::{Entry, Header};
 use crate::error::{Error, Reason, Result};
-use crate::tensor::DType;
 
 /// A file of the output: its header is final.
 pub(super) struct File {
     pub(super) name: String,
-    pub(super) header: Vec<u8>,
+    /// The part of the base whose tensors it holds.
+    pub(super) part: usize,
+    pub(super) header: Header,
     pub(super) tensors: Vec<PlannedTensor>,
 }
 
 impl File {
     pub(super) fn bytes(&self) -> u64 {
-        self.header.len() as u64 + self.tensors.iter().map(PlannedTensor::bytes).sum::<u64>()
+        let data = |tensor: &PlannedTensor| tensor.bytes() + self.padding(tensor);
+        self.header.bytes.len() as u64 + self.tensors.iter().map(data).sum::<u64>()
+    }
+
+    /// Zeros behind a tensor.
+    pub(super) fn padding(&self, tensor: &PlannedTensor) -> u64 {
+        tensor.bytes().next_multiple_of(self.header.alignment) - tensor.bytes()
     }
 }
 
-const SINGLE: &str = "model.safetensors";
+/// Tensors of one file: its name, and the shard whose metadata it takes over.
+type Group = (String, usize, Vec<PlannedTensor>);
 
 pub(super) fn files(
     base: &Checkpoint,
@@ -41,24 +49,15 @@ pub(super) fn files(
             name: twice.name.clone(),
         }));
     }
-    // What the header of a safetensors file cannot name.
-    if let Some(foul) = names
-        .iter()
-        .find(|name| ["", "__metadata__"].contains(name))
-    {
-        return Err(Error::new(Reason::NameReserved {
-            name: (*foul).to_owned(),
-        }));
-    }
-    let groups: Vec<(String, usize, Vec<PlannedTensor>)> = match (shape, shard_size) {
+    let groups: Vec<Group> = match (shape, shard_size) {
         (Shape::File, Some(_)) => {
-            let problem = "shards need an output folder, not a .safetensors file".to_owned();
+            let problem = "shards need an output folder, not a file".to_owned();
             return Err(Error::new(Reason::BadOption {
                 text: "--shard-size".to_owned(),
                 problem,
             }));
         }
-        (_, Some(size)) => sized(tensors, size),
+        (_, Some(size)) => sized(base, tensors, size),
         (Shape::File, None) => {
             let name = output
                 .file_name()
@@ -69,13 +68,18 @@ pub(super) fn files(
     };
     let mut files = Vec::new();
     for (name, shard, tensors) in groups {
-        let entries: Vec<(&str, DType, &[usize])> = tensors
-            .iter()
-            .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-            .collect();
-        let header = safetensors::header(&base.shards[shard].file.directory.metadata, &entries)?;
+        let part = base.part_of(shard);
+        let entries: Vec<Entry<'_>> = tensors.iter().map(|tensor| tensor.entry(part)).collect();
+        // What the header of a safetensors file cannot name.
+        let mut names = entries.iter().map(|entry| entry.name);
+        if let Some(foul) = names.find(|name| ["", "__metadata__"].contains(name)) {
+            let name = foul.to_owned();
+            return Err(Error::new(Reason::NameReserved { name }));
+        }
+        let header = base.writer().header(&base.shards[shard].file, &entries)?;
         files.push(File {
             name,
+            part: base.shards[shard].part,
             header,
             tensors,
         });
@@ -84,16 +88,9 @@ pub(super) fn files(
 }
 
 /// The base's own shards.
-fn by_shard(
-    base: &Checkpoint,
-    tensors: Vec<PlannedTensor>,
-) -> Vec<(String, usize, Vec<PlannedTensor>)> {
-    let name = |shard: usize| match base.is_folder {
-        true => base.shards[shard].name.clone(),
-        false => SINGLE.to_owned(),
-    };
+fn by_shard(base: &Checkpoint, tensors: Vec<PlannedTensor>) -> Vec<Group> {
     let mut groups: Vec<_> = (0..base.shards.len())
-        .map(|shard| (name(shard), shard, Vec::new()))
+        .map(|shard| (base.result_place(shard), shard, Vec::new()))
         .collect();
     for tensor in tensors {
         groups[tensor.shard].2.push(tensor);
@@ -103,7 +100,28 @@ fn by_shard(
 }
 
 /// New shards of at most `size` bytes of data, or of one larger tensor.
-fn sized(tensors: Vec<PlannedTensor>, size: u64) -> Vec<(String, usize, Vec<PlannedTensor>)> {
+fn sized(base: &Checkpoint, tensors: Vec<PlannedTensor>, size: u64) -> Vec<Group> {
+    let mut by_part: Vec<Vec<PlannedTensor>> = vec![Vec::new(); base.parts.len()];
+    for tensor in tensors {
+        by_part[base.shards[tensor.shard].part].push(tensor);
+    }
+    let mut files = Vec::new();
+    for (number, (part, tensors)) in base.parts.iter().zip(by_part).enumerate() {
+        let first = base.shards.iter().position(|shard| shard.part == number);
+        let groups = cut(tensors, size);
+        let (count, extension) = (groups.len(), base.writer().extension());
+        for (index, tensors) in groups.into_iter().enumerate() {
+            let name = match count {
+                1 => part.single_place(extension),
+                _ => part.shard_place(index + 1, count, extension),
+            };
+            files.push((name, first.unwrap_or(0), tensors));
+        }
+    }
+    files
+}
+
+fn cut(tensors: Vec<PlannedTensor>, size: u64) -> Vec<Vec<PlannedTensor>> {
     let mut groups: Vec<Vec<PlannedTensor>> = Vec::new();
     let mut filled = 0;
     for tensor in tensors {
@@ -119,14 +137,5 @@ fn sized(tensors: Vec<PlannedTensor>, size: u64) -> Vec<(String, usize, Vec<Plan
             }
         }
     }
-    let count = groups.len();
-    let name = |index: usize| match count {
-        1 => SINGLE.to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
-    };
     groups
-        .into_iter()
-        .enumerate()
-        .map(|(index, tensors)| (name(index), 0, tensors))
-        .collect()
 }

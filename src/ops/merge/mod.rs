@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::checkpoint::Variant;
 use crate::checkpoint::sink::Faults;
 use crate::error::{Error, Reason, Result};
 use crate::formats::ReadOptions;
@@ -25,11 +26,13 @@ pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 /// What to merge into what, and what to accept.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// A `.safetensors` file, or a folder with one or with an index and its shards.
+    /// A checkpoint: a file of tensors, or a folder of one model or of a pipeline.
     pub base: PathBuf,
+    /// Which weights, where the base has several variants of them.
+    pub variant: Variant,
     /// In the order in which they apply.
     pub adapters: Vec<Selection>,
-    /// A folder, or a file where the base is a file and the name ends in `.safetensors`.
+    /// A folder, or a file where the base is a file and the name ends as those of the result.
     pub output: PathBuf,
     /// Regular expressions (searched anywhere in a module path): only these modules.
     pub only: Vec<String>,

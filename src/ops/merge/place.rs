@@ -80,7 +80,9 @@ impl Area {
             }
         }
         match areas.as_mut_slice() {
-            [only] if only.outputs == Some(vec![0..output]) => only.outputs = None,
+            [only] if matches!(only.outputs.as_deref(), Some([all]) if *all == (0..output)) => {
+                only.outputs = None;
+            }
             _ => {}
         }
         Some(areas)

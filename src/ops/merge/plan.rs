@@ -9,10 +9,11 @@ use super::planner::{self, Placed};
 use super::{Options, layout};
 use crate::adapter::scan::{self, Scan};
 use crate::adapter::{Adapter, Geometry, Module};
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::companions::{Companions, companions, has_tokenizer};
 use crate::checkpoint::config::{self, Edit};
 use crate::checkpoint::sink::{Destination, Faults, Shape};
+use crate::checkpoint::{Checkpoint, Part, Variant};
+use crate::containers::Entry;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found};
 use crate::linalg::Kernel;
@@ -103,6 +104,16 @@ impl PlannedTensor {
         }
     }
 
+    /// What a header says about it.
+    pub(super) fn entry<'a>(&'a self, part: &Part) -> Entry<'a> {
+        Entry {
+            name: part.own_name(&self.name),
+            dtype: self.dtype,
+            shape: &self.shape,
+            blocks: self.source.blocks.as_ref(),
+        }
+    }
+
     /// Whether its bytes are those of its source.
     pub fn is_copy(&self) -> bool {
         self.modules.is_empty() && self.rows.is_empty() && self.dtype == self.source.dtype
@@ -137,9 +148,19 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         mut notices,
         left_out,
     } = resolve(options, &base, &adapters)?;
-    let shape = output_shape(&base, &options.output);
+    let shape = output_shape(&base, &options.output)?;
+    if let Some(why) = base.writer().fixed_because() {
+        let asked = [
+            (options.dtype.is_some(), "--dtype"),
+            (options.shard_size.is_some(), "--shard-size"),
+        ];
+        if let Some((_, text)) = asked.into_iter().find(|(asked, _)| *asked) {
+            let (text, problem) = (text.to_owned(), why.to_owned());
+            return Err(Error::new(Reason::BadOption { text, problem }).in_file(&base.path));
+        }
+    }
     let companions = match (base.is_folder, shape) {
-        (true, Shape::Folder) => companions(&base.path)?,
+        (true, Shape::Folder) => companions(&base)?,
         _ => Companions::default(),
     };
     if shape == Shape::Folder {
@@ -180,7 +201,28 @@ fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<
     convert(options, &mut placed.tensors, &mut placed.edits)?;
     placed.notices.extend(look(options, adapters)?);
     placed.notices.extend(base.notices.iter().cloned());
+    placed.notices.extend(average(base, &placed.tensors));
     Ok(placed)
+}
+
+/// A notice if a model of latent diffusion changes and the average over its training does not.
+///
+/// `model_ema.` has the names of `model.` without their dots (`LitEma` of `CompVis/latent-diffusion`); it
+/// is another model, and loaders that ask for it would not see the adapter.
+fn average(base: &Checkpoint, tensors: &[PlannedTensor]) -> Option<Notice> {
+    let has_average = base.tensors().any(|t| t.name.starts_with("model_ema."));
+    let changes = |tensor: &PlannedTensor| {
+        tensor.name.starts_with("model.diffusion_model.")
+            && (tensor.replaced_by.is_some()
+                || !tensor.rows.is_empty()
+                || !tensor.modules.is_empty())
+    };
+    (has_average && tensors.iter().any(changes)).then(|| {
+        let text = "the averaged copy of the weights (`model_ema.`) is not changed";
+        Notice::new(NoticeKind::EmaCopy, text)
+            .on("model_ema")
+            .in_file(&base.path)
+    })
 }
 
 impl Plan {
@@ -252,7 +294,7 @@ fn kernel(options: &Options) -> Result<&'static Kernel> {
 }
 
 fn open_base(options: &Options) -> Result<Checkpoint> {
-    let base = Checkpoint::open(&options.base);
+    let base = Checkpoint::open_variant(&options.base, &options.variant);
     let is_adapter = |path: &Path| Found::open(path).is_ok_and(|found| found.format().is_some());
     let looks_wrong = match &base {
         Ok(base) => !base.is_folder && is_adapter(&options.base),
@@ -264,13 +306,17 @@ fn open_base(options: &Options) -> Result<Checkpoint> {
     let swapped = options
         .adapters
         .iter()
-        .any(|adapter| Checkpoint::open(&adapter.path).is_ok() && !is_adapter(&adapter.path));
+        .any(|adapter| is_checkpoint(&adapter.path) && !is_adapter(&adapter.path));
     let reason = if swapped {
         Reason::SwappedArguments
     } else {
         Reason::BaseIsAdapter
     };
     Err(Error::new(reason).in_file(&options.base))
+}
+
+fn is_checkpoint(path: &Path) -> bool {
+    Checkpoint::open_variant(path, &Variant::Any).is_ok()
 }
 
 fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
@@ -287,12 +333,13 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
         let found = match Found::open(&selection.path) {
             Err(error)
                 if matches!(error.reason(), Reason::NoAdapterWeights)
-                    && Checkpoint::open(&selection.path).is_ok() =>
+                    && is_checkpoint(&selection.path) =>
             {
                 return Err(Error::new(Reason::NotAnAdapter).in_file(&selection.path));
             }
             found => found?,
         };
+        found.file.refuse_blocks()?;
         let adapter = found.read(&options.read)?;
         found.file.verify()?;
         let format = found.format().expect("it was read by a format");
@@ -316,14 +363,22 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
     Ok(opened)
 }
 
-fn output_shape(base: &Checkpoint, output: &Path) -> Shape {
-    let named_file = output
-        .extension()
-        .is_some_and(|extension| extension == "safetensors");
-    if !base.is_folder && named_file {
-        Shape::File
-    } else {
-        Shape::Folder
+fn output_shape(base: &Checkpoint, output: &Path) -> Result<Shape> {
+    /// How files of tensors are called: hardly the name of a folder.
+    const FILES: &[&str] = &["safetensors", "gguf", "bin", "pt", "pth", "ckpt"];
+    let written = base.writer().extension();
+    match output.extension().and_then(|extension| extension.to_str()) {
+        _ if base.is_folder => Ok(Shape::Folder),
+        Some(extension) if extension == written => Ok(Shape::File),
+        Some(extension) if FILES.contains(&extension) => {
+            let problem = format!(
+                "the result is a {} file: let its name end in .{written}, or name a folder",
+                base.writer().name()
+            );
+            let text = output.to_string_lossy().into_owned();
+            Err(Error::new(Reason::BadOption { text, problem }))
+        }
+        _ => Ok(Shape::Folder),
     }
 }
 
@@ -338,6 +393,9 @@ impl Opened {
         Ok(self.strength)
     }
 }
+
+/// Fields of a configuration that name the type of the weights.
+const TYPES: [&str; 2] = ["torch_dtype", "dtype"];
 
 /// Gives every tensor its type in the output, and lets the configuration follow.
 fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edit>) -> Result<()> {
@@ -363,7 +421,7 @@ fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edi
         }
     }
     if let Some(wanted) = options.dtype {
-        for field in ["torch_dtype", "dtype"] {
+        for field in TYPES {
             edits.push(Edit {
                 field,
                 value: format!("\"{}\"", wanted.torch_name()),
@@ -394,40 +452,44 @@ fn look(options: &Options, adapters: &[Opened]) -> Result<Vec<Notice>> {
     Ok(notices)
 }
 
-/// The changes that the copied configuration really gets.
+/// The changes that the copied configurations really get.
 fn applied(
     base: &Checkpoint,
     shape: Shape,
     edits: Vec<Edit>,
     notices: &mut Vec<Notice>,
 ) -> Result<Vec<Edit>> {
-    if let Some(config) = base
-        .config
-        .as_ref()
-        .filter(|_| base.is_folder && shape == Shape::Folder)
-    {
-        let text = config.input.read_all(64 << 20)?;
-        let changes =
-            |edit: &Edit| config::edit(&text, std::slice::from_ref(edit)).map(|new| new != text);
-        let mut kept = Vec::new();
-        for edit in edits {
-            if changes(&edit).map_err(|e| e.in_file(config.input.path()))? {
-                kept.push(edit);
-            }
-        }
-        return Ok(kept);
+    let copied = base.is_folder && shape == Shape::Folder;
+    // Of a pipeline every component has its own: only types change there alike.
+    let is_written =
+        |edit: &Edit| copied && (base.config().is_some() || TYPES.contains(&edit.field));
+    let (kept, told): (Vec<Edit>, Vec<Edit>) = edits.into_iter().partition(is_written);
+    let mut texts = Vec::new();
+    for (_, config) in base.configs().filter(|_| copied) {
+        texts.push((config.input.path(), config.input.read_all(64 << 20)?));
     }
-    for edit in edits
+    let mut changes = Vec::new();
+    for edit in kept {
+        let mut changed = false;
+        for (path, text) in &texts {
+            let new = config::edit(text, std::slice::from_ref(&edit));
+            changed |= new.map_err(|e| e.in_file(path))? != *text;
+        }
+        if changed {
+            changes.push(edit);
+        }
+    }
+    for edit in told
         .iter()
         .filter(|edit| edit.insert || edit.field == "vocab_size")
     {
         let text = format!(
-            "no config.json is written beside the result; set {} to {} in yours",
+            "no config.json is written that gets it; set {} to {} in yours",
             edit.field, edit.value
         );
         notices.push(Notice::new(NoticeKind::Untied, text).on(edit.field));
     }
-    Ok(Vec::new())
+    Ok(changes)
 }
 
 fn own_tokenizers(adapters: &[Opened], notices: &mut Vec<Notice>) {

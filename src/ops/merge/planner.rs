@@ -55,6 +55,7 @@ pub(super) fn place(options: &Options, base: &Checkpoint, adapters: &[Opened]) -
         ties,
         ..
     } = planner;
+    embeddings::refuse_shared(base, adapters, &tensors)?;
     if let Some(ties) = ties {
         embeddings::settle(ties, adapters, &mut tensors, &mut notices, &mut edits)?;
     }
@@ -190,6 +191,9 @@ impl<'a> Planner<'a> {
                 dtype: new.dtype.to_string(),
             })
         })?;
+        if tensor.source.blocks.is_some() {
+            return touchable(tensor).map(|()| false);
+        }
         if let Some(first) = tensor.replaced_by {
             if tensor.source.equals(new)? {
                 return Ok(true);
@@ -208,7 +212,7 @@ impl<'a> Planner<'a> {
             let rows_only = tensor.shape.len() == new.shape.len()
                 && !tensor.shape.is_empty()
                 && tensor.shape[1..] == new.shape[1..];
-            if !rows_only {
+            if !rows_only || self.base.writer().fixed_because().is_some() {
                 return fail(Reason::ReplacementShape {
                     adapter: new.shape.clone(),
                     base: tensor.shape.clone(),
@@ -259,10 +263,15 @@ impl<'a> Planner<'a> {
             self.missing.unresolved(&self.resolver, &replacement.name);
             return false;
         }
+        let home = self.base.home(&replacement.name);
+        let home = home.filter(|_| self.base.writer().fixed_because().is_none());
+        let Some(shard) = home else {
+            self.missing.unresolved(&self.resolver, &replacement.name);
+            return false;
+        };
         let text = "the base does not have this tensor; it is added to the result";
         self.notices
             .push(Notice::new(NoticeKind::AddedTensor, text).on(&*replacement.name));
-        let shard = self.base.shards.len() - 1;
         let mut tensor = PlannedTensor::of(&replacement.tensor, replacement.name.clone(), shard);
         tensor.in_base = false;
         tensor.replaced_by = Some(index);
@@ -609,9 +618,15 @@ fn touchable(tensor: &PlannedTensor) -> Result<()> {
         Some(_) => Ok(()),
         None => {
             let reason = Reason::TensorType {
-                dtype: tensor.source.dtype.to_string(),
+                dtype: tensor.source.type_name(),
             };
-            Err(tensor.source.error(reason))
+            let error = tensor.source.error(reason);
+            Err(match tensor.source.blocks {
+                Some(_) => {
+                    error.with_hint("merge into the model in 16 bits, and quantise the result")
+                }
+                None => error,
+            })
         }
     }
 }

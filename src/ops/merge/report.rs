@@ -256,6 +256,12 @@ fn memory(plan: &Plan, threads: usize) -> u64 {
         .map(|t| t.matrix().1 as u64)
         .max()
         .unwrap_or(0);
+    // What does not lie in its file as it is (strided, compressed) is in memory from the start.
+    let gathered: u64 = plan
+        .base
+        .tensors()
+        .filter_map(|tensor| Some(tensor.memory.as_ref()?.len() as u64))
+        .sum();
     let blocks = threads as u64 * 4 * 8 * widest.max(super::run::BLOCK as u64);
-    factors + blocks + 4 * (super::run::CHUNK as u64 + widest * 8)
+    gathered + factors + blocks + 4 * (super::run::CHUNK as u64 + widest * 8)
 }

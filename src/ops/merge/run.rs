@@ -62,6 +62,9 @@ impl Plan {
                     problem: e.to_string(),
                 })
             })?;
+        for shard in &self.base.shards {
+            shard.file.verify_while(&|| control.check())?;
+        }
         let mut run = Run {
             plan: self,
             control,
@@ -71,7 +74,7 @@ impl Plan {
         };
         let written = pool.install(|| run.files(&sink))?;
         run.companions(&sink)?;
-        run.index(&sink)?;
+        run.indices(&sink)?;
         verify(self, &written)?;
         control.check()?;
         sink.publish()?;
@@ -127,10 +130,15 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
             .iter()
             .map(|tensor| (tensor.name.as_str(), tensor))
             .collect();
+        let part = &plan.base.parts[file.part];
         let same = read.len() == file.tensors.len()
             && file.tensors.iter().all(|wanted| {
-                read.get(wanted.name.as_str())
-                    .is_some_and(|found| found.shape == wanted.shape && found.dtype == wanted.dtype)
+                let wanted = wanted.entry(part);
+                read.get(wanted.name).is_some_and(|found| {
+                    found.shape == wanted.shape
+                        && found.dtype == wanted.dtype
+                        && found.blocks.as_ref() == wanted.blocks
+                })
             });
         if !same {
             return Err(Error::new(Reason::ReadBack).in_file(path));
@@ -200,8 +208,8 @@ impl Run<'_> {
         let plan = self.plan;
         for file in &plan.files {
             writer.send(Message::Begin(sink.create(&file.name)?))?;
-            writer.send(Message::Bytes(file.header.clone()))?;
-            self.advance(file.header.len() as u64)?;
+            writer.send(Message::Bytes(file.header.bytes.clone()))?;
+            self.advance(file.header.bytes.len() as u64)?;
             self.tensors(file, writer)?;
             writer.send(Message::End)?;
         }
@@ -234,6 +242,12 @@ impl Run<'_> {
                 self.copy(pending.take(), writer)?;
                 let sums = self.evaluate(tensor, writer)?;
                 self.sums.push((tensor.name.clone(), sums));
+            }
+            let padding = file.padding(tensor);
+            if padding > 0 {
+                self.copy(pending.take(), writer)?;
+                writer.send(Message::Bytes(vec![0; padding as usize]))?;
+                self.advance(padding)?;
             }
         }
         self.copy(pending, writer)
@@ -353,7 +367,8 @@ impl Run<'_> {
     fn companions(&mut self, sink: &Sink) -> Result<()> {
         for companion in &self.plan.companions.copied {
             let mut file = sink.create(&companion.name)?;
-            if companion.name == "config.json" {
+            let configs = || self.plan.base.configs();
+            if configs().any(|(place, _)| place == companion.name) {
                 let text = companion.input.read_all(64 << 20)?;
                 let edited = config::edit(&text, &self.plan.edits)
                     .map_err(|e| e.in_file(companion.input.path()))?;
@@ -367,29 +382,35 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn index(&self, sink: &Sink) -> Result<()> {
+    fn indices(&self, sink: &Sink) -> Result<()> {
         let plan = self.plan;
-        let had_index = plan.base.index_metadata().is_some() && plan.options.shard_size.is_none();
-        if plan.shape == Shape::File || plan.files.len() == 1 && !had_index {
+        if plan.shape == Shape::File {
             return Ok(());
         }
-        let tensors = || {
-            plan.files
-                .iter()
-                .flat_map(|file| file.tensors.iter().map(move |tensor| (file, tensor)))
-        };
-        let listed = || tensors().filter(|(_, tensor)| !plan.base.is_unindexed(&tensor.name));
-        let map: BTreeMap<&str, &str> = listed()
-            .map(|(file, tensor)| (tensor.name.as_str(), file.name.as_str()))
-            .collect();
-        let bytes = listed().map(|(_, tensor)| tensor.bytes()).sum();
-        let parameters = listed()
-            .map(|(_, tensor)| tensor.shape.iter().product::<usize>() as u64)
-            .sum();
-        let text = plan.base.index_text(bytes, parameters, &map);
-        let mut file = sink.create("model.safetensors.index.json")?;
-        file.write(text.as_bytes())?;
-        file.finish().map(drop)
+        for (number, part) in plan.base.parts.iter().enumerate() {
+            let files = || plan.files.iter().filter(move |file| file.part == number);
+            let had_index = part.has_index() && plan.options.shard_size.is_none();
+            if files().count() <= 1 && !had_index {
+                continue;
+            }
+            let listed = || {
+                files()
+                    .flat_map(|file| file.tensors.iter().map(move |tensor| (file, tensor)))
+                    .filter(|(_, tensor)| !part.is_unindexed(part.own_name(&tensor.name)))
+            };
+            let map: BTreeMap<&str, &str> = listed()
+                .map(|(file, tensor)| (part.own_name(&tensor.name), part.own_file(&file.name)))
+                .collect();
+            let bytes = listed().map(|(_, tensor)| tensor.bytes()).sum();
+            let parameters = listed()
+                .map(|(_, tensor)| tensor.shape.iter().product::<usize>() as u64)
+                .sum();
+            let text = part.index_text(bytes, parameters, &map);
+            let mut file = sink.create(&part.index_place())?;
+            file.write(text.as_bytes())?;
+            file.finish()?;
+        }
+        Ok(())
     }
 
     fn advance(&mut self, bytes: u64) -> Result<()> {
