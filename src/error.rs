@@ -221,6 +221,8 @@ reasons! {
         BothLayouts { first: String, second: String } => "both `{first}` and `{second}` are there, and they are not one layout",
         NoCheckpoint => "neither weights nor an index under a known name (`model.safetensors`, `pytorch_model.bin`, …) in this folder",
         OtherCheckpoint { found: String } => "only `{found}` is here, and this kind of checkpoint cannot be read yet",
+        Losses { format: &'static str, count: usize } => "{format} cannot say {count} parts of the adapter",
+        NotWritten { name: &'static str } => "{name} can be read, but is not written",
         ReplicationTwice => "an adapter with layer replication cannot be merged together with others",
         HeadsUnknown { tensor: String } => "how its rows lie in `{tensor}` depends on the number of heads, which no configuration beside the base tells",
         GroupedConvolution { adapter: usize, base: usize } => "a grouped convolution: the adapter sees {adapter} input channels, the base weight has {base}",
@@ -243,6 +245,9 @@ reasons! {
         NameTaken { name: String } => "the result would hold two tensors named `{name}`",
     }
     Unresolved {
+        NamesUnknown { count: usize } => "{count} flattened names are in no known family; --base gives the names of the model",
+        NamesAmbiguous { count: usize } => "{count} modules have several names in the target; --family or --base tells which model it is",
+        HeadsNeeded => "how its rows are split depends on the number of heads; --base gives it",
         Modules { count: usize } => "{count} parts of the adapter have no place in the base",
         Ambiguous { count: usize } => "{count} parts of the adapter fit several tensors of the base",
     }
@@ -257,6 +262,7 @@ reasons! {
         TooManyPatternSteps { pattern: String } => "matching the pattern `{pattern}` takes too many steps",
     }
     Output {
+        OutputNameTwice { name: String } => "two modules would be written as `{name}`",
         Exists => "it is there already",
         IsInput { input: String } => "it is the input {input}",
         InsideInput { input: String } => "it lies inside the input {input}",

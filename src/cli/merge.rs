@@ -2,16 +2,15 @@
 
 use std::io::IsTerminal;
 
-use clap::{ArgMatches, Args, ValueEnum};
+use clap::{ArgMatches, Args};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loratool::checkpoint::Variant;
 use loratool::formats::ReadOptions;
 use loratool::ops::merge::{Control, Options, Report, Selection, plan};
-use loratool::tensor::Float;
 use loratool::{Error, Reason};
 
 use super::render::{self, Fields, Stderr, bytes, folded, grouped};
-use super::{Common, Outcome, Path, cancel_flag};
+use super::{Common, Outcome, Path, Type, cancel_flag};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -80,15 +79,6 @@ pub(super) struct Merge {
     pub(super) common: Common,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Type {
-    /// Each tensor's own
-    Keep,
-    F32,
-    Bf16,
-    F16,
-}
-
 /// Forces an arithmetic kernel by name, so that tests reach all of them.
 const KERNEL: &str = "LORATOOL_KERNEL";
 
@@ -129,12 +119,7 @@ impl Merge {
             output: self.output.clone(),
             only: self.only.clone(),
             skip: self.skip.clone(),
-            dtype: match self.dtype {
-                Type::Keep => None,
-                Type::F32 => Some(Float::F32),
-                Type::Bf16 => Some(Float::BF16),
-                Type::F16 => Some(Float::F16),
-            },
+            dtype: self.dtype.float(),
             force: self.force,
             shard_size: self.shard_size.as_deref().map(size).transpose()?,
             threads: self.threads.map(usize::from),

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use loratool::Error;
+use loratool::tensor::Float;
 
 mod check;
+mod convert;
 mod inspect;
 mod manual;
 mod merge;
@@ -28,6 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Merge(merge::Merge),
+    Convert(convert::Convert),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Completions(manual::Completions),
@@ -44,6 +47,27 @@ Exit codes:
 
 /// The exit code of a panic, as `sysexits.h` has it for software errors.
 const BUG: u8 = 70;
+
+/// A type of tensors that are written.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Type {
+    /// Each tensor's own
+    Keep,
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Type {
+    fn float(self) -> Option<Float> {
+        match self {
+            Type::Keep => None,
+            Type::F32 => Some(Float::F32),
+            Type::Bf16 => Some(Float::BF16),
+            Type::F16 => Some(Float::F16),
+        }
+    }
+}
 
 /// What every command takes.
 #[derive(Args, Clone, Debug)]
@@ -89,6 +113,7 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
                 .expect("this command was parsed");
             (command.common.json, command.run(matches))
         }
+        Command::Convert(command) => (command.common.json, command.run()),
         Command::Inspect(command) => (command.common.json, command.run()),
         Command::Check(command) => (command.common.json, command.run()),
         Command::Completions(command) => (false, command.run(Cli::command())),

@@ -5,7 +5,9 @@
 //! of the pipeline. The scale is that of `lora_adapter_metadata` (PEFT's configuration by part), or of a
 //! tensor `alpha`, or 1.
 
+use super::draft::{Draft, Named, Writer, Written};
 use super::peft::Told as Configuration;
+use super::peft::write::low_rank;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{CONFIG_VALUES, Format, Found, ReadOptions, Summary};
@@ -13,17 +15,20 @@ use crate::adapter::Adapter;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, parse_object};
 use crate::methods::{dora, lora};
+use crate::naming::families::Layout;
 use crate::naming::path::without_wrappers;
 use crate::naming::{Spelling, component};
 
 /// One of the spellings; every one is read by the same rules.
 pub(super) struct Diffusers {
+    id: &'static str,
     name: &'static str,
     recognises: fn(&Found) -> bool,
 }
 
 /// Attention processors: `….attn1.processor.to_q_lora.down.weight`.
 pub(super) static OLD: Diffusers = Diffusers {
+    id: "diffusers-old",
     name: "diffusers (attention processors)",
     recognises: |found| {
         found
@@ -34,6 +39,7 @@ pub(super) static OLD: Diffusers = Diffusers {
 
 /// `….attn1.to_q.lora.down.weight`.
 pub(super) static MID: Diffusers = Diffusers {
+    id: "diffusers-mid",
     name: "diffusers (lora.down, lora.up)",
     recognises: |found| {
         found.names().any(|name| {
@@ -44,6 +50,7 @@ pub(super) static MID: Diffusers = Diffusers {
 
 /// `….attn1.to_q.lora_A.weight`.
 pub(super) static NEW: Diffusers = Diffusers {
+    id: "diffusers",
     name: "diffusers (PEFT names)",
     recognises: |found| {
         found.metadata(METADATA).is_some()
@@ -95,8 +102,16 @@ const SUFFIXES: &[(&str, Piece)] = &[
 ];
 
 impl Format for Diffusers {
+    fn id(&self) -> &'static str {
+        self.id
+    }
+
     fn name(&self) -> &'static str {
         self.name
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {
@@ -137,6 +152,132 @@ impl Format for Diffusers {
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, DOWN)
     }
+}
+
+impl Writer for Diffusers {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        None
+    }
+
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "pytorch_lora_weights.safetensors",
+            ..Written::default()
+        };
+        match self.id {
+            "diffusers" => with_metadata(draft, &mut written),
+            _ => folded(self.id == "diffusers-old", draft, &mut written),
+        }
+        written.lose_rest(draft);
+        Ok(written)
+    }
+}
+
+/// The name of the part that a module is written under: what it had, or that of its pipeline.
+fn part(draft: &Draft<'_>, named: &Named) -> String {
+    if PARTS.contains(&named.prefix.as_str()) {
+        return named.prefix.clone();
+    }
+    let unet = draft
+        .family
+        .is_some_and(|family| family.starts_with("sd") && family != "sd3");
+    match named.component.map(|component| component.dotted) {
+        Some(["unet.", ..]) => if unet { "unet." } else { "transformer." }.to_owned(),
+        // The second encoder of FLUX is what others call the third.
+        Some(["text_encoder_3.", ..]) if draft.family == Some("flux1") => {
+            "text_encoder_2.".to_owned()
+        }
+        Some([first, ..]) => (*first).to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// PEFT's names, and its configuration by part in the metadata.
+fn with_metadata(draft: &Draft<'_>, written: &mut Written) {
+    let mut parts: Vec<String> = draft
+        .modules
+        .iter()
+        .map(|named| part(draft, named))
+        .collect();
+    parts.sort();
+    parts.dedup();
+    let mut all = serde_json::Map::new();
+    for part_name in parts {
+        let own = Draft {
+            modules: draft
+                .modules
+                .iter()
+                .filter(|named| part(draft, named) == part_name)
+                .cloned()
+                .collect(),
+            ..*draft
+        };
+        let (_, mut config) = low_rank(&own, written, |path| format!("{part_name}{path}"));
+        config.insert("peft_type".to_owned(), "LORA".into());
+        config.insert("bias".to_owned(), "none".into());
+        for (field, value) in config {
+            all.insert(format!("{part_name}{field}"), value);
+        }
+    }
+    let text = serde_json::Value::Object(all).to_string();
+    written.metadata = vec![
+        ("format".to_owned(), "pt".to_owned()),
+        (METADATA.to_owned(), text),
+    ];
+}
+
+/// The spellings without a scale: all of it goes into the up factor.
+fn folded(processors: bool, draft: &Draft<'_>, written: &mut Written) {
+    written.metadata = vec![("format".to_owned(), "pt".to_owned())];
+    for named in &draft.modules {
+        let item = &*named.module.path;
+        let Some(mut factors) = written.low_rank(named, false) else {
+            continue;
+        };
+        if factors.mid.is_some() || factors.bias.is_some() {
+            written.lose(item, "a Tucker core or a trained bias");
+            continue;
+        }
+        let part = part(draft, named);
+        let text = part.starts_with("text_encoder");
+        let owner = match (processors, text) {
+            (false, false) => format!("{part}{}.lora", named.path),
+            (false, true) => format!("{part}{}.lora_linear_layer", named.path),
+            (true, _) => match to_processor(&named.path, text) {
+                Some(path) => format!("{part}{path}_lora"),
+                None => {
+                    written.lose(item, "a layer that is no projection of an attention");
+                    continue;
+                }
+            },
+        };
+        let by = factors.scale.value;
+        written.fold(draft, named, &mut factors, by);
+        written.put(draft, format!("{owner}.down.weight"), &factors.down);
+        written.put(draft, format!("{owner}.up.weight"), &factors.up);
+    }
+}
+
+/// The inverse of [`of_processor`].
+fn to_processor(path: &str, text: bool) -> Option<String> {
+    if text {
+        let (owner, leaf) = path.rsplit_once('.')?;
+        let leaf = match leaf {
+            "q_proj" => "to_q",
+            "k_proj" => "to_k",
+            "v_proj" => "to_v",
+            "out_proj" => "to_out",
+            _ => return None,
+        };
+        return Some(format!("{owner}.{leaf}"));
+    }
+    let path = path
+        .strip_suffix(".to_out.0")
+        .map_or_else(|| path.to_owned(), |owner| format!("{owner}.to_out"));
+    let (owner, leaf) = path.rsplit_once('.')?;
+    ["to_q", "to_k", "to_v", "to_out"]
+        .contains(&leaf)
+        .then(|| format!("{owner}.processor.{leaf}"))
 }
 
 /// The name of the part, perhaps none, and the path in it.

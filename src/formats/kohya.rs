@@ -4,13 +4,16 @@
 //! `lycoris/utils/__init__.py`. The first dot ends the module; alpha is a tensor of one element, and a
 //! module without it is scaled by 1.
 
+use super::draft::{Draft, Named, Writer, Written, number, reshaped};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Layer, Method};
 use crate::error::Result;
 use crate::methods::{full, lora};
+use crate::naming::families::Layout;
 use crate::naming::{Spelling, component};
+use crate::tensor::Tensor;
 
 /// The format.
 pub(super) struct Kohya;
@@ -50,8 +53,16 @@ const OTHERS: &[(&str, &str)] = &[
 ];
 
 impl Format for Kohya {
+    fn id(&self) -> &'static str {
+        "kohya"
+    }
+
     fn name(&self) -> &'static str {
         "kohya"
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {
@@ -74,6 +85,136 @@ impl Format for Kohya {
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, DOWN)
     }
+}
+
+impl Writer for Kohya {
+    /// sd-scripts trains SD1 and SD2 under the names of diffusers, everything else under its own.
+    fn layout(&self, family: Option<&str>) -> Option<Layout> {
+        (family != Some("sd1")).then_some(Layout::Original)
+    }
+
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "adapter.safetensors",
+            ..Written::default()
+        };
+        for named in &draft.modules {
+            let Some(prefix) = prefix(draft, named) else {
+                written.lose(
+                    &*named.module.path,
+                    "no prefix names its part of the pipeline",
+                );
+                continue;
+            };
+            let owner = format!("{prefix}{}", named.path.replace('.', "_"));
+            suffixed(draft, named, &mut written, |end| format!("{owner}.{end}"));
+        }
+        written.lose_rest(draft);
+        written.metadata = metadata(draft, &written);
+        Ok(written)
+    }
+}
+
+/// What stands before the flattened path.
+fn prefix<'a>(draft: &Draft<'a>, named: &Named) -> Option<&'a str> {
+    if let Some(prefix) = draft.prefix {
+        return Some(prefix);
+    }
+    let component = named.component?;
+    let single = draft.family.is_none_or(|family| family == "sd1");
+    Some(match component.flattened {
+        ["lora_te_", ..] if single => "lora_te_",
+        ["lora_te_", ..] => "lora_te1_",
+        [first, ..] => first,
+        [] => return None,
+    })
+}
+
+/// The tensors of a module under kohya's suffixes, which ComfyUI has as well.
+pub(super) fn suffixed(
+    draft: &Draft<'_>,
+    named: &Named,
+    written: &mut Written,
+    key: impl Fn(&str) -> String,
+) {
+    let module = &named.module;
+    if module.layer == Layer::Embedding {
+        return written.lose(&*module.path, "LoRA on an embedding");
+    }
+    if module.method.name() == full::FULL.name() {
+        let norm = module
+            .get(full::DIFFERENCE)
+            .is_none_or(|difference| difference.shape.len() == 1);
+        for (role, whole, of_norm) in [
+            (full::DIFFERENCE, "diff", "w_norm"),
+            (full::BIAS_DIFFERENCE, "diff_b", "b_norm"),
+        ] {
+            if let Some(tensor) = module.get(role) {
+                let is_norm = norm && module.get(full::DIFFERENCE).is_some();
+                written.put(draft, key(if is_norm { of_norm } else { whole }), tensor);
+            }
+        }
+        return;
+    }
+    let Some(factors) = written.low_rank(named, true) else {
+        return;
+    };
+    if factors.bias.is_some() {
+        // A bias has no suffix of its own beside factors; its difference is `diff_b`.
+        return written.lose(&*module.path, "a trained bias (`lora_B.bias`)");
+    }
+    written.put(draft, key("lora_down.weight"), &factors.down);
+    if let Some(mid) = &factors.mid {
+        written.put(draft, key("lora_mid.weight"), mid);
+    }
+    written.put(draft, key("lora_up.weight"), &factors.up);
+    let like = crate::formats::draft::typed(&factors.up, draft.dtype);
+    written.put_as_is(key("alpha"), &number(&like, factors.alpha()));
+    // The axis that is not 1 tells which norms they are.
+    let axes = factors.down.shape.len().max(2);
+    let shaped = |norms: &Tensor, axis: usize| {
+        let mut shape = vec![1; axes];
+        shape[axis] = norms.elements();
+        reshaped(norms, shape)
+    };
+    if let Some(norms) = &factors.magnitude {
+        written.put(draft, key("dora_scale"), &shaped(norms, 0));
+    }
+    if let Some(norms) = &factors.input_magnitude {
+        written.put(draft, key("dora_scale"), &shaped(norms, 1));
+    }
+}
+
+/// What sd-scripts states about a network; `sshs_model_hash` is added when the bytes are known.
+fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
+    let ranks = written
+        .tensors
+        .iter()
+        .filter(|tensor| tensor.name.ends_with(".lora_down.weight"))
+        .map(|tensor| tensor.dimension(0));
+    let ranks: std::collections::BTreeSet<usize> = ranks.collect();
+    let dimension = match ranks.iter().collect::<Vec<_>>().as_slice() {
+        [only] => only.to_string(),
+        _ => "Dynamic".to_owned(),
+    };
+    let mut metadata = vec![("format".to_owned(), "pt".to_owned())];
+    metadata.push(("ss_network_dim".to_owned(), dimension));
+    let base = match draft.family {
+        Some("sd1") => Some("sd_v1"),
+        Some("sdxl") => Some("sdxl_base_v1-0"),
+        Some("flux1") => Some("flux1"),
+        _ => None,
+    };
+    if let Some(base) = base {
+        metadata.push(("ss_base_model_version".to_owned(), base.to_owned()));
+    }
+    let module = match draft.family {
+        Some("flux1") => "networks.lora_flux",
+        Some("sd3") => "networks.lora_sd3",
+        _ => "networks.lora",
+    };
+    metadata.push(("ss_network_module".to_owned(), module.to_owned()));
+    metadata
 }
 
 fn is_prefixed(name: &str) -> bool {

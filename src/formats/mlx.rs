@@ -9,6 +9,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::draft::{Draft, Writer, Written, is_embedding, reshaped, transposed};
+use super::peft::write::most_common;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
@@ -17,7 +19,7 @@ use crate::adapter::{
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
 use crate::methods::{dora, lora};
-use crate::naming::path;
+use crate::naming::families::Layout;
 use crate::notice::{Notice, NoticeKind};
 use crate::tensor::Tensor;
 
@@ -25,8 +27,16 @@ use crate::tensor::Tensor;
 pub(super) struct Mlx;
 
 impl Format for Mlx {
+    fn id(&self) -> &'static str {
+        "mlx"
+    }
+
     fn name(&self) -> &'static str {
         "MLX"
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {
@@ -67,6 +77,86 @@ impl Format for Mlx {
 
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, &[(".lora_a", 1)])
+    }
+}
+
+impl Writer for Mlx {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        None
+    }
+
+    /// One scale for all modules; what is different is multiplied into `lora_b`.
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "adapters.safetensors",
+            folder: true,
+            ..Written::default()
+        };
+        let of_dora = |named: &&super::Named| named.module.method.name() == dora::DORA.name();
+        let dora = draft.modules.iter().filter(of_dora).count() * 2 > draft.modules.len();
+        let scale = most_common(draft.modules.iter().map(|n| n.module.scale.value.to_bits()));
+        let scale = scale.map_or(1.0, f64::from_bits);
+        let mut rank = None;
+        let mut keys = std::collections::BTreeSet::new();
+        for named in &draft.modules {
+            let item = &*named.module.path;
+            let Some(mut factors) = written.low_rank(named, true) else {
+                continue;
+            };
+            if factors.down.shape.len() != 2 || factors.mid.is_some() {
+                written.lose(item, "LoRA on a convolution");
+                continue;
+            }
+            if factors.bias.is_some() || factors.input_magnitude.is_some() {
+                written.lose(item, "a trained bias, or norms per input");
+                continue;
+            }
+            if factors.magnitude.is_some() != dora {
+                written.lose(item, "a mixture of LoRA and DoRA in one configuration");
+                continue;
+            }
+            // MLX gives all layers one rank; a smaller one is not loaded.
+            if rank.is_some_and(|rank| rank != factors.rank()) {
+                written.lose(item, "another rank than that of the first module");
+                continue;
+            }
+            rank = Some(factors.rank());
+            if named.module.scale.value != scale {
+                let by = named.module.scale.value / scale;
+                written.fold(draft, named, &mut factors, by);
+            }
+            // An embedding of PEFT is the transpose of its weight; one of MLX lies as the weight does.
+            let as_stored = named.module.layer != Layer::Embedding && is_embedding(&named.path);
+            let (a, b) = match as_stored {
+                true => (factors.up.clone(), factors.down.clone()),
+                false => (transposed(&factors.down), transposed(&factors.up)),
+            };
+            written.put(draft, format!("{}.lora_a", named.path), &a);
+            written.put(draft, format!("{}.lora_b", named.path), &b);
+            if let Some(magnitude) = &factors.magnitude {
+                let magnitude = reshaped(magnitude, vec![magnitude.elements()]);
+                written.put(draft, format!("{}.m", named.path), &magnitude);
+            }
+            // Keys are those within a block.
+            let inner = named
+                .path
+                .split_once("layers.")
+                .and_then(|(_, rest)| rest.split_once('.'));
+            keys.insert(inner.map_or(named.path.as_str(), |(_, key)| key).to_owned());
+        }
+        written.lose_rest(draft);
+        written.config = Some(serde_json::json!({
+            "fine_tune_type": if dora { "dora" } else { "lora" },
+            // All of them; a layer without factors here keeps factors that do nothing.
+            "num_layers": -1,
+            "lora_parameters": {
+                "rank": rank.unwrap_or(8),
+                "scale": scale,
+                "dropout": 0.0,
+                "keys": keys,
+            },
+        }));
+        Ok(written)
     }
 }
 
@@ -257,12 +347,6 @@ fn module(
         Layer::Dense,
         stored,
     )
-}
-
-/// Whether a path is that of an embedding: names alone tell, for the factors of a square weight do not.
-fn is_embedding(module: &str) -> bool {
-    let leaf = path::leaf(module);
-    leaf.contains("embed") || leaf == "wte" || leaf == "wpe"
 }
 
 fn facts(config: &Object) -> Facts {

@@ -12,16 +12,21 @@ use crate::json::{Document, Value};
 use crate::mapped::{Input, is_there};
 
 mod diffusers;
+mod draft;
 mod kohya;
 mod mlx;
 mod peft;
 mod pieces;
 mod spellings;
 
+pub use draft::{Draft, Loss, Named, Writer, Written};
 pub use spellings::Summary;
 
 /// One community's spelling of adapters.
 pub trait Format: Sync {
+    /// Its short name, for options and scripts.
+    fn id(&self) -> &'static str;
+
     /// Its name in the field.
     fn name(&self) -> &'static str;
 
@@ -37,6 +42,11 @@ pub trait Format: Sync {
 
     /// What can be said from names and shapes alone.
     fn summary(&self, found: &Found) -> Summary;
+
+    /// How it is written, if it can be.
+    fn writer(&self) -> Option<&dyn Writer> {
+        None
+    }
 }
 
 /// Every format, in the order they are asked.

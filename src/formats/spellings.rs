@@ -27,6 +27,7 @@ pub struct Summary {
 
 /// A recognised spelling.
 pub(super) struct Spelling {
+    id: &'static str,
     name: &'static str,
     recognises: fn(&Found) -> bool,
     /// Suffix of the factor that shows the rank, and the axis that is the rank.
@@ -34,6 +35,10 @@ pub(super) struct Spelling {
 }
 
 impl Format for Spelling {
+    fn id(&self) -> &'static str {
+        self.id
+    }
+
     fn name(&self) -> &'static str {
         self.name
     }
@@ -136,6 +141,7 @@ pub(super) const DOWN: &[(&str, usize)] = &[
 ];
 
 pub(super) static CLONEOFSIMO: Spelling = Spelling {
+    id: "simo",
     name: "cloneofsimo",
     recognises: |found| {
         any(found, |name| {
@@ -147,6 +153,7 @@ pub(super) static CLONEOFSIMO: Spelling = Spelling {
 
 /// A bare list of factors, up and down in turn, as `cloneofsimo/lora` saved them in `.pt` files.
 pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
+    id: "simo-list",
     name: "cloneofsimo (list without module names)",
     recognises: |found| {
         let tensors = &found.file.directory.tensors;
@@ -167,6 +174,7 @@ pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
 };
 
 pub(super) static GGUF: Spelling = Spelling {
+    id: "gguf",
     name: "GGUF adapter (llama.cpp)",
     recognises: |found| {
         found.metadata("general.type") == Some("adapter")
@@ -177,6 +185,7 @@ pub(super) static GGUF: Spelling = Spelling {
 };
 
 pub(super) static XLABS: Spelling = Spelling {
+    id: "xlabs",
     name: "XLabs FLUX",
     recognises: |found| {
         any(found, |name| {
@@ -188,12 +197,14 @@ pub(super) static XLABS: Spelling = Spelling {
 };
 
 pub(super) static KOHYA_DOUBLED: Spelling = Spelling {
+    id: "kohya-doubled",
     name: "almost kohya (prefix written twice)",
     recognises: |found| any(found, |name| name.starts_with("lora_unet_unet_")),
     rank: DOWN,
 };
 
 pub(super) static COMFYUI: Spelling = Spelling {
+    id: "comfyui",
     name: "ComfyUI (original model names)",
     recognises: |found| {
         any(found, |name| {
@@ -209,6 +220,7 @@ pub(super) static COMFYUI: Spelling = Spelling {
 };
 
 pub(super) static BFL_CONTROL: Spelling = Spelling {
+    id: "bfl",
     name: "BFL control LoRA",
     recognises: |found| {
         any(found, |name| {
@@ -219,6 +231,7 @@ pub(super) static BFL_CONTROL: Spelling = Spelling {
 };
 
 pub(super) static LORALIB: Spelling = Spelling {
+    id: "loralib",
     name: "loralib",
     recognises: |found| {
         any(found, |name| name.ends_with(".lora_A")) && any(found, |name| name.ends_with(".lora_B"))
@@ -227,6 +240,7 @@ pub(super) static LORALIB: Spelling = Spelling {
 };
 
 pub(super) static TEXTUAL_INVERSION: Spelling = Spelling {
+    id: "textual-inversion",
     name: "textual inversion",
     recognises: |found| {
         any(found, |name| {
@@ -242,6 +256,7 @@ pub(super) static TEXTUAL_INVERSION: Spelling = Spelling {
 };
 
 pub(super) static HOME_MADE: Spelling = Spelling {
+    id: "home-made",
     name: "home-made (factors by number, without module names)",
     recognises: |found| {
         any(found, |name| name.starts_with("w_a_")) && any(found, |name| name.starts_with("w_b_"))

@@ -15,11 +15,11 @@ use std::sync::Arc;
 use crate::adapter::factor::{Factor, Product};
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
-    Update, Workspace,
+    Scale, Stored, Update, Workspace,
 };
-use crate::error::{Reason, Result};
+use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Float, Tensor, narrow};
 
 /// A, r × in (× kernel): maps inputs to the rank.
 pub const DOWN: Role = Role::new("down");
@@ -203,6 +203,123 @@ fn folded(down: &Tensor, mid: &Tensor) -> Tensor {
         Ok(bytes)
     };
     down.derived(DType::F64, vec![outer, inputs * kernel], Arc::new(made))
+}
+
+/// One module of the parts of a fused layer of `outputs`, each on its rows; outputs of no part stay as
+/// they are.
+///
+/// Parts that share one down factor and one scale are stacked; otherwise the down factors are stacked and
+/// the up factors stand block by block, each multiplied by its own scale.
+///
+/// # Errors
+/// [`Reason::MethodOnTarget`] for anything but two factors.
+pub fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Module> {
+    let (first, _) = parts
+        .first()
+        .ok_or_else(|| Error::new(Reason::NothingSelected))?;
+    for (module, _) in parts {
+        let plain = module.method.name() == LORA.name()
+            && module.stored == Stored::AsDefined
+            && module.parameters.len() == 2;
+        if !plain {
+            return Err(module.error(Reason::MethodOnTarget {
+                method: module.method.name(),
+                what: "a part of a fused layer",
+            }));
+        }
+    }
+    let mut shared = true;
+    for (module, _) in &parts[1..] {
+        let (a, b) = (first.require(DOWN)?, module.require(DOWN)?);
+        shared &= module.scale == first.scale && a.dtype == b.dtype && a.equals(b)?;
+    }
+    let mut ups = Vec::new();
+    let (mut rank, mut float) = (0, Float::F16);
+    for (module, rows) in parts {
+        let up = module.require(UP)?.clone();
+        let own = up.float()?;
+        // The widest of them; two of sixteen bits have no common type but f32.
+        float = match (float, own, ups.is_empty()) {
+            (_, own, true) => own,
+            (a, b, _) if a == b => a,
+            (Float::F64, ..) | (_, Float::F64, _) => Float::F64,
+            _ => Float::F32,
+        };
+        let width = up.dimension(1);
+        ups.push((
+            up,
+            rows.clone(),
+            if shared { 0 } else { rank },
+            width,
+            module.scale.value,
+        ));
+        rank = if shared { width } else { rank + width };
+    }
+    let same = parts
+        .iter()
+        .all(|(module, _)| module.scale.value == first.scale.value);
+    let scale = match (shared, same) {
+        (true, _) => first.scale,
+        (false, true) => Scale {
+            value: first.scale.value,
+            ..Scale::of(first.scale.value * rank as f64, rank, false)
+        },
+        (false, false) => Scale::of(rank as f64, rank, false),
+    };
+    let made = move || {
+        let mut values = vec![0.0; outputs * rank];
+        for (up, rows, offset, width, own) in &ups {
+            let factor = up.to_f64()?;
+            let by = if same { 1.0 } else { *own };
+            let lines = factor.chunks_exact((*width).max(1));
+            for (row, line) in rows.iter().cloned().flatten().zip(lines) {
+                for (column, value) in line.iter().enumerate() {
+                    values[row * rank + offset + column] = value * by;
+                }
+            }
+        }
+        let mut bytes = vec![0; values.len() * float.size()];
+        narrow(float, &values, &mut bytes);
+        Ok(bytes)
+    };
+    let (down, up) = (first.require(DOWN)?, first.require(UP)?);
+    let up = up.derived(float.dtype(), vec![outputs, rank], Arc::new(made));
+    let down = match shared {
+        true => down.clone(),
+        false => stacked(parts)?,
+    };
+    let mut module = (*first).clone();
+    module.parameters = vec![(DOWN, down), (UP, up)];
+    module.scale = scale;
+    module.method.check(&module)?;
+    Ok(module)
+}
+
+/// The down factors, one below the other.
+fn stacked(parts: &[(&Module, Vec<Range<usize>>)]) -> Result<Tensor> {
+    let downs = parts
+        .iter()
+        .map(|(module, _)| module.require(DOWN).cloned());
+    let downs: Vec<Tensor> = downs.collect::<Result<_>>()?;
+    let first = downs[0].clone();
+    let mut shape = first.shape.clone();
+    for down in &downs {
+        if down.dtype != first.dtype || down.shape[1..] != first.shape[1..] {
+            let problem = "the parts of a fused layer have factors of different types or inputs";
+            return Err(down.error(Reason::FactorShape {
+                problem: problem.to_owned(),
+            }));
+        }
+    }
+    shape[0] = downs.iter().map(|down| down.dimension(0)).sum();
+    let made = move || {
+        let mut bytes = Vec::new();
+        for down in &downs {
+            bytes.extend_from_slice(&down.bytes()?);
+        }
+        Ok(bytes)
+    };
+    Ok(first.derived(first.dtype, shape, Arc::new(made)))
 }
 
 pub(super) fn rank_of_factors(module: &Module) -> Option<usize> {

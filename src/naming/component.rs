@@ -132,7 +132,7 @@ pub fn split(path: &str, flattened: bool) -> InPart<'_> {
 
 impl<'a> InPart<'a> {
     /// The path, and its other spelling in a text encoder.
-    pub(super) fn spellings(self, flattened: bool) -> Vec<String> {
+    pub fn spellings(self, flattened: bool) -> Vec<String> {
         let mut all = vec![self.path.to_owned()];
         if self.component.is_none_or(|component| component.is_text) {
             let optional = match flattened {
@@ -148,7 +148,7 @@ impl<'a> InPart<'a> {
     }
 
     /// Where a base may keep the part.
-    pub(super) fn roots(self) -> BTreeSet<&'static str> {
+    pub fn roots(self) -> BTreeSet<&'static str> {
         let all = COMPONENTS.iter().filter(|component| match self.component {
             Some(own) => *component == own,
             None => true,

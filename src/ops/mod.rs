@@ -2,5 +2,6 @@
 //! prints.
 
 pub mod check;
+pub mod convert;
 pub mod inspect;
 pub mod merge;

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
+use super::draft::Writer;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
@@ -22,6 +23,7 @@ use crate::tensor::Tensor;
 mod config;
 mod key;
 mod tuners;
+pub(super) mod write;
 
 use config::Settings;
 use key::{Key, Tail};
@@ -31,8 +33,16 @@ use tuners::{Reads, Tuner};
 pub(super) struct Peft;
 
 impl Format for Peft {
+    fn id(&self) -> &'static str {
+        "peft"
+    }
+
     fn name(&self) -> &'static str {
         "PEFT"
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {

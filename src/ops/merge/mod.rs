@@ -20,6 +20,7 @@ mod replication;
 mod report;
 mod run;
 
+pub(crate) use place::attention;
 pub use plan::{Plan, PlannedModule, PlannedTensor};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 
@@ -79,14 +80,14 @@ pub struct Control<'a> {
 }
 
 impl Control<'_> {
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match self.cancel.load(Ordering::Relaxed) {
             true => Err(Error::new(Reason::Stopped)),
             false => Ok(()),
         }
     }
 
-    fn progress(&self, done: u64, total: u64) {
+    pub(crate) fn progress(&self, done: u64, total: u64) {
         if let Some(progress) = self.progress {
             progress(done, total);
         }

@@ -90,7 +90,7 @@ impl Area {
 }
 
 /// The heads of the base's attention, as far as its configuration tells.
-pub(super) fn attention(base: &Checkpoint) -> Attention {
+pub(crate) fn attention(base: &Checkpoint) -> Attention {
     let count = |names: &[&str]| {
         let value = names.iter().find_map(|name| base.configured(name))?;
         match value {

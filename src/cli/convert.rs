@@ -1,0 +1,149 @@
+//! `loratool convert`
+
+use clap::{Args, ValueEnum};
+use loratool::formats::ReadOptions;
+use loratool::ops::convert::{self, Names, Options, Report, plan};
+use loratool::ops::merge::Control;
+use loratool::printable;
+
+use super::render::{self, Stderr, bytes, folded};
+use super::{Common, Outcome, Path, Type, cancel_flag};
+
+/// Write an adapter in another spelling, with everything the target cannot say listed.
+///
+/// A scale is never changed in silence: where the target has no place for it, it is multiplied into a
+/// factor, and the report says so.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  loratool convert my-lora/ --to kohya --output my-lora.safetensors
+  loratool convert kohya.safetensors --to diffusers --output out/
+  loratool convert unet-lora.safetensors --to peft --output peft/ --base unet/
+  loratool convert my-lora/ --to mlx --output mlx/ --dry-run")]
+pub(super) struct Convert {
+    /// An adapter folder, or its file of tensors
+    adapter: Path,
+    /// The format to write
+    #[arg(long, value_name = "FORMAT")]
+    to: String,
+    /// A folder, or a file where the format is one file
+    #[arg(long, short, value_name = "PATH")]
+    output: Path,
+    /// A base that tells the names of layers and the number of heads
+    #[arg(long, value_name = "PATH")]
+    base: Option<Path>,
+    /// The family of the model, where its names alone do not tell it
+    #[arg(long, value_name = "NAME")]
+    family: Option<String>,
+    /// Leave out what the format cannot say
+    #[arg(long)]
+    allow_losses: bool,
+    /// Type of the factors
+    #[arg(long, value_enum, default_value_t = Type::Keep)]
+    dtype: Type,
+    /// What stands before flattened names, such as `lycoris`
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    /// Names of layers, where the format has both
+    #[arg(long, value_enum)]
+    names: Option<LayerNames>,
+    /// Convert only modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    only: Vec<String>,
+    /// Leave out modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    skip: Vec<String>,
+    /// Replace an existing output, in one step at the end
+    #[arg(long)]
+    force: bool,
+    /// Print the plan and write nothing
+    #[arg(long, short = 'n')]
+    dry_run: bool,
+    /// Print warnings and errors only
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    pub(super) common: Common,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LayerNames {
+    /// Those of diffusers and transformers
+    Diffusers,
+    /// Those of the model's first publication
+    Ldm,
+}
+
+impl Convert {
+    pub(super) fn run(self) -> Outcome {
+        let options = Options {
+            adapter: self.adapter.clone(),
+            to: self.to.clone(),
+            output: self.output.clone(),
+            base: self.base.clone(),
+            family: self.family.clone(),
+            allow_losses: self.allow_losses,
+            dtype: self.dtype.float(),
+            prefix: self.prefix.as_ref().map(|text| match text.ends_with('_') {
+                true => text.clone(),
+                false => format!("{text}_"),
+            }),
+            names: self.names.map(|names| match names {
+                LayerNames::Diffusers => Names::Hub,
+                LayerNames::Ldm => Names::Original,
+            }),
+            only: self.only.clone(),
+            skip: self.skip.clone(),
+            force: self.force,
+            read: ReadOptions {
+                allow_unknown_config: self.common.allow_unknown_config.clone(),
+            },
+        };
+        convert::format(&self.to)?;
+        let plan = plan(&options)?;
+        let stderr = Stderr::new();
+        stderr.notices(&plan.report().notices);
+        if self.dry_run {
+            self.tell(plan.report());
+            return Ok(0);
+        }
+        let control = Control {
+            cancel: cancel_flag(),
+            ..Control::default()
+        };
+        self.tell(&plan.run(&control)?);
+        Ok(0)
+    }
+
+    fn tell(&self, report: &Report) {
+        if self.common.json {
+            return render::json(report);
+        }
+        for (what, list) in [("left out", &report.losses), ("folded", &report.folded)] {
+            let lines: Vec<String> = list
+                .iter()
+                .map(|loss| format!("{}: {}", loss.item, loss.text))
+                .collect();
+            for line in folded(&lines) {
+                render::out(&printable(&format!("{what}: {line}")));
+            }
+        }
+        if !self.quiet {
+            let done = if report.dry_run {
+                "would write"
+            } else {
+                "wrote"
+            };
+            let line = format!(
+                "{done} {} ({} → {}): {} modules, {} tensors, {}",
+                report.output,
+                report.from,
+                report.to,
+                report.modules,
+                report.tensors,
+                bytes(report.bytes)
+            );
+            render::out(&printable(&line));
+        }
+    }
+}

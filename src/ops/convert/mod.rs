@@ -1,0 +1,391 @@
+//! From one spelling to another: read, rename, write; what the target cannot say is listed.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::merge::Control;
+use crate::adapter::{Adapter, ReplacementKind};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::sink::{Destination, OutputFile, Shape};
+use crate::containers::{Header, TensorFile, safetensors};
+use crate::error::{Error, Reason, Result};
+use crate::formats::{Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
+use crate::notice::Notice;
+use crate::pattern::Pattern;
+use crate::tensor::{DType, Float, Tensor};
+
+mod names;
+
+/// What to convert into what, and what to accept.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// An adapter folder, or its file of tensors.
+    pub adapter: PathBuf,
+    /// The short name of the target format.
+    pub to: String,
+    /// A folder; or a file, where the format is one file and the name ends as it does.
+    pub output: PathBuf,
+    /// A base that tells names and numbers of heads.
+    pub base: Option<PathBuf>,
+    /// The family of the model, where names alone do not tell it.
+    pub family: Option<String>,
+    /// Writes what can be said and leaves out the rest.
+    pub allow_losses: bool,
+    /// The type of the factors; their own if absent.
+    pub dtype: Option<Float>,
+    /// What stands before flattened names (`lycoris_`).
+    pub prefix: Option<String>,
+    /// `diffusers` or `ldm`: the names of layers, where the format has both.
+    pub names: Option<Names>,
+    /// Regular expressions (searched anywhere in a module path): only these modules.
+    pub only: Vec<String>,
+    /// Regular expressions: not these modules.
+    pub skip: Vec<String>,
+    /// Replaces an existing output.
+    pub force: bool,
+    /// How the adapter is read.
+    pub read: ReadOptions,
+}
+
+/// The names of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// Those of diffusers and transformers.
+    Hub,
+    /// Those of the model's first publication.
+    Original,
+}
+
+/// What a conversion did, or would do.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Version of this schema.
+    pub schema: u32,
+    /// Whether nothing was written.
+    pub dry_run: bool,
+    /// The adapter.
+    pub adapter: String,
+    /// The short name of its format.
+    pub from: String,
+    /// The short name of the target format.
+    pub to: String,
+    /// The output.
+    pub output: String,
+    /// The family that names were looked up in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// Modules in the adapter.
+    pub modules: usize,
+    /// Tensors in the output.
+    pub tensors: usize,
+    /// Bytes of the output's file of tensors.
+    pub bytes: u64,
+    /// What the target cannot say.
+    pub losses: Vec<Loss>,
+    /// Scales that were multiplied into factors.
+    pub folded: Vec<Loss>,
+    /// What is odd about the adapter.
+    pub notices: Vec<Notice>,
+}
+
+/// A conversion that can be run.
+pub struct Plan {
+    options: Options,
+    found: Found,
+    base: Option<Checkpoint>,
+    written: Written,
+    header: Header,
+    shape: Shape,
+    report: Report,
+}
+
+/// The format of a short name.
+///
+/// # Errors
+/// [`Reason::BadOption`], with all names that there are.
+pub fn format(id: &str) -> Result<&'static dyn Format> {
+    let found = FORMATS.iter().copied().find(|format| format.id() == id);
+    found.ok_or_else(|| {
+        let all: Vec<&str> = targets().map(Format::id).collect();
+        Error::new(Reason::BadOption {
+            text: id.to_owned(),
+            problem: format!("no such format; there are {}", all.join(", ")),
+        })
+    })
+}
+
+/// The formats that can be written.
+pub fn targets() -> impl Iterator<Item = &'static dyn Format> {
+    FORMATS
+        .iter()
+        .copied()
+        .filter(|format| format.writer().is_some())
+}
+
+/// Reads, renames and checks; writes nothing.
+///
+/// # Errors
+/// What reading gives, names that are not unambiguous, and losses that were not allowed, all listed.
+pub fn plan(options: &Options) -> Result<Plan> {
+    let target = format(&options.to)?;
+    let found = Found::open(&options.adapter)?;
+    let source = found.format().map_or("", Format::id);
+    let mut adapter = found.read(&options.read)?;
+    found.file.verify()?;
+    let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
+    select(&mut adapter, options)?;
+    let written = write(&adapter, target, base.as_ref(), options)?;
+    let (written, family) = written;
+    if !written.losses.is_empty() && !options.allow_losses {
+        let reason = Reason::Losses {
+            format: target.name(),
+            count: written.losses.len(),
+        };
+        let cases = written
+            .losses
+            .iter()
+            .map(|loss| format!("{}: {}", loss.item, loss.text));
+        return Err(Error::new(reason)
+            .in_file(&options.adapter)
+            .with_cases(cases.collect())
+            .with_hint("--allow-losses writes the rest without these parts"));
+    }
+    if written.tensors.is_empty() {
+        return Err(Error::new(Reason::NothingSelected).in_file(&options.adapter));
+    }
+    let mut names: Vec<&str> = written
+        .tensors
+        .iter()
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        let name = twice[0].to_owned();
+        return Err(Error::new(Reason::OutputNameTwice { name }).in_file(&options.adapter));
+    }
+    let header = match &written.header {
+        Some(header) => header(&written.tensors)?,
+        None => {
+            let entries: Vec<(&str, DType, &[usize])> = written
+                .tensors
+                .iter()
+                .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+                .collect();
+            Header {
+                bytes: safetensors::header(&written.metadata, &entries)?,
+                alignment: 1,
+            }
+        }
+    };
+    let extension = Path::new(written.name).extension();
+    let as_file = !written.folder
+        && options
+            .output
+            .extension()
+            .is_some_and(|e| Some(e) == extension);
+    let shape = if as_file { Shape::File } else { Shape::Folder };
+    let data: u64 = written
+        .tensors
+        .iter()
+        .map(|tensor| tensor.length.next_multiple_of(header.alignment.max(1)))
+        .sum();
+    let report = Report {
+        schema: 1,
+        dry_run: true,
+        adapter: options.adapter.to_string_lossy().into_owned(),
+        from: source.to_owned(),
+        to: options.to.clone(),
+        output: options.output.to_string_lossy().into_owned(),
+        family: family.map(str::to_owned),
+        modules: adapter.modules.len(),
+        tensors: written.tensors.len(),
+        bytes: header.bytes.len() as u64 + data,
+        losses: written.losses.clone(),
+        folded: written.folded.clone(),
+        notices: adapter.notices.clone(),
+    };
+    let plan = Plan {
+        options: options.clone(),
+        found,
+        base,
+        written,
+        header,
+        shape,
+        report,
+    };
+    plan.destination(&Control::default())?
+        .check_space(plan.report.bytes)?;
+    Ok(plan)
+}
+
+/// What a format could not say of an adapter.
+///
+/// # Errors
+/// Names that cannot be told, with what would tell them.
+pub fn losses(adapter: &Adapter, to: &str) -> Result<Vec<Loss>> {
+    let (written, _) = write(adapter, format(to)?, None, &Options::default())?;
+    Ok(written.losses)
+}
+
+fn write(
+    adapter: &Adapter,
+    target: &'static dyn Format,
+    base: Option<&Checkpoint>,
+    options: &Options,
+) -> Result<(Written, Option<&'static str>)> {
+    let writer = target.writer().ok_or_else(|| {
+        let name = target.name();
+        Error::new(Reason::NotWritten { name })
+    })?;
+    let family = names::family(adapter, base, options.family.as_deref())?;
+    let layout = match options.names {
+        Some(Names::Hub) => None,
+        Some(Names::Original) => Some(crate::naming::families::Layout::Original),
+        None => writer.layout(family),
+    };
+    let draft = Draft {
+        modules: names::renamed(adapter, layout, family, base)?,
+        adapter,
+        dtype: options.dtype,
+        family,
+        prefix: options.prefix.as_deref(),
+    };
+    Ok((writer.write(&draft)?, family))
+}
+
+fn select(adapter: &mut Adapter, options: &Options) -> Result<()> {
+    let patterns = |texts: &[String]| -> Result<Vec<Pattern>> {
+        texts.iter().map(|text| Pattern::search(text)).collect()
+    };
+    let (only, skip) = (patterns(&options.only)?, patterns(&options.skip)?);
+    let any = |patterns: &[Pattern], path: &str| -> Result<bool> {
+        for pattern in patterns {
+            if pattern.matches(path)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    let wanted = |path: &str| -> Result<bool> {
+        Ok((only.is_empty() || any(&only, path)?) && !any(&skip, path)?)
+    };
+    let mut failed = None;
+    let mut keep = |path: &str| {
+        wanted(path).unwrap_or_else(|error| {
+            failed.get_or_insert(error);
+            false
+        })
+    };
+    adapter.modules.retain(|module| keep(&module.path));
+    adapter.replacements.retain(|replacement| {
+        replacement.kind == ReplacementKind::BaseLayer || keep(&replacement.name)
+    });
+    adapter.tokens.retain(|tokens| keep(&tokens.path));
+    failed.map_or(Ok(()), Err)
+}
+
+impl Plan {
+    /// Tells what a run would do.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    fn destination(&self, control: &Control<'_>) -> Result<Destination> {
+        let files = self.found.inputs().map(|input| input.path());
+        let base = self
+            .base
+            .iter()
+            .flat_map(Checkpoint::inputs)
+            .map(|input| input.path());
+        let folder = self
+            .found
+            .path
+            .is_dir()
+            .then_some(self.found.path.as_path());
+        let inputs: Vec<&Path> = files.chain(base).chain(folder).collect();
+        Destination::check(
+            &self.options.output,
+            self.shape,
+            self.options.force,
+            inputs,
+            control.faults.clone(),
+        )
+    }
+
+    /// Writes the output, complete or not at all.
+    ///
+    /// # Errors
+    /// Those of kinds Output, Io, Changed and Interrupted; the output is then as it was.
+    pub fn run(mut self, control: &Control<'_>) -> Result<Report> {
+        let sink = self.destination(control)?.begin()?;
+        self.hash()?;
+        let mut file = sink.create(self.written.name)?;
+        file.write(&self.header.bytes)?;
+        for tensor in &self.written.tensors {
+            control.check()?;
+            copy(tensor, &mut file)?;
+            let padded = tensor.length.next_multiple_of(self.header.alignment.max(1));
+            file.write(&vec![0; (padded - tensor.length) as usize])?;
+            control.progress(file.written().min(self.report.bytes), self.report.bytes);
+        }
+        let path = file.finish()?;
+        if let Some(config) = &self.written.config {
+            let text = serde_json::to_string_pretty(config).unwrap_or_default();
+            let mut file = sink.create("adapter_config.json")?;
+            file.write(text.as_bytes())?;
+            file.write(b"\n")?;
+            file.finish()?;
+        }
+        for input in self.found.inputs() {
+            input.verify_unchanged()?;
+        }
+        let read = TensorFile::open(&path)?;
+        if read.directory.tensors.len() != self.written.tensors.len() {
+            return Err(Error::new(Reason::ReadBack).in_file(&self.options.output));
+        }
+        control.check()?;
+        sink.publish()?;
+        self.report.dry_run = false;
+        Ok(self.report)
+    }
+
+    /// sd-scripts' hash of everything behind the header, for files that state a network.
+    fn hash(&mut self) -> Result<()> {
+        let states = |key: &str| self.written.metadata.iter().any(|(name, _)| name == key);
+        if !states("ss_network_module") {
+            return Ok(());
+        }
+        let mut hasher = Sha256::new();
+        for tensor in &self.written.tensors {
+            hasher.update(&tensor.bytes()?);
+        }
+        let digest: String = hasher
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        self.written
+            .metadata
+            .push(("sshs_model_hash".to_owned(), digest));
+        let entries: Vec<(&str, DType, &[usize])> = self
+            .written
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+            .collect();
+        let before = self.header.bytes.len() as u64;
+        self.header.bytes = safetensors::header(&self.written.metadata, &entries)?;
+        self.report.bytes = self.report.bytes - before + self.header.bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Copies what lies in the file; makes what does not.
+fn copy(tensor: &Tensor, file: &mut OutputFile) -> Result<()> {
+    match tensor.memory.is_some() || tensor.made.is_some() {
+        true => file.write(&tensor.bytes()?),
+        false => file.copy(&tensor.input, tensor.offset, tensor.length),
+    }
+}

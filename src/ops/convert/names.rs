@@ -1,0 +1,405 @@
+//! The names of the target: the hub's, or another layout's, looked up in the families or in a base.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::adapter::{Adapter, Module};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Reason, Result};
+use crate::formats::Named;
+use crate::methods::lora;
+use crate::naming::component::{InPart, split};
+use crate::naming::families::{FAMILIES, Layout, Match, Side, find};
+use crate::naming::{Attention, Resolution, Resolver, Rows, Spelling};
+use crate::ops::merge::attention;
+
+/// The family of the denoiser (or of the only model): the one that is named, or the only one that knows
+/// every module that any family knows. `None` where no family is needed.
+///
+/// # Errors
+/// [`Reason::BadOption`] for a name that is none.
+pub(super) fn family(
+    adapter: &Adapter,
+    base: Option<&Checkpoint>,
+    named: Option<&str>,
+) -> Result<Option<&'static str>> {
+    if let Some(named) = named {
+        let found = FAMILIES.iter().find(|family| family.name == named);
+        return found.map(|family| Some(family.name)).ok_or_else(|| {
+            let mut all: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
+            all.dedup();
+            Error::new(Reason::BadOption {
+                text: named.to_owned(),
+                problem: format!("no such family; there are {}", all.join(", ")),
+            })
+        });
+    }
+    let mut counts: HashMap<&'static str, usize> = HashMap::new();
+    let mut known = 0;
+    for module in &adapter.modules {
+        let parts = split(&module.path, module.spelling == Spelling::Flattened);
+        if parts.component.is_some_and(|component| component.is_text) {
+            continue;
+        }
+        let mut names: Vec<&str> = matches(module)
+            .into_iter()
+            .filter(|found| found.family.layout == Layout::Original)
+            .filter(|found| found.row.hub != found.row.other || found.family.name != "openclip")
+            .map(|found| found.family.name)
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        known += usize::from(!names.is_empty());
+        for name in names {
+            *counts.entry(name).or_default() += 1;
+        }
+    }
+    let mut all: Vec<&'static str> = counts
+        .into_iter()
+        .filter(|(_, count)| *count == known && known > 0)
+        .map(|(name, _)| name)
+        .collect();
+    if all.len() > 1
+        && let Some(base) = base
+    {
+        // The base has names of one of them.
+        let has = |name: &&'static str| {
+            let in_base = base.tensors().filter(|tensor| {
+                let path = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+                let found = find(split(path, false).path, false);
+                found.iter().any(|found| found.family.name == *name)
+            });
+            in_base.count()
+        };
+        let best = all.iter().map(has).max();
+        all.retain(|name| Some(has(name)) == best);
+    }
+    Ok(match all.as_slice() {
+        [only] => Some(only),
+        _ => None,
+    })
+}
+
+fn matches(module: &Module) -> Vec<Match> {
+    let flattened = module.spelling == Spelling::Flattened;
+    let parts = split(&module.path, flattened);
+    let mut found = Vec::new();
+    for path in parts.spellings(flattened) {
+        found.extend(find(&path, flattened));
+    }
+    found
+}
+
+/// The modules under the names of a layout (the hub's if `None`), split or fused where layers are.
+///
+/// # Errors
+/// Flattened names that no family and no base tells, fused layers whose parts cannot be told: all listed.
+pub(super) fn renamed(
+    adapter: &Adapter,
+    layout: Option<Layout>,
+    family: Option<&str>,
+    base: Option<&Checkpoint>,
+) -> Result<Vec<Named>> {
+    let mut renaming = Renaming {
+        layout,
+        family,
+        attention: base.map(attention).unwrap_or_default(),
+        resolver: base.map(|base| Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))),
+        done: Vec::new(),
+        waiting: Vec::new(),
+        unknown: Vec::new(),
+        ambiguous: Vec::new(),
+    };
+    for module in &adapter.modules {
+        renaming.module(module)?;
+    }
+    let fail = |reason, cases| Err(Error::new(reason).with_cases(cases));
+    if !renaming.ambiguous.is_empty() {
+        let count = renaming.ambiguous.len();
+        return fail(Reason::NamesAmbiguous { count }, renaming.ambiguous);
+    }
+    if !renaming.unknown.is_empty() {
+        let count = renaming.unknown.len();
+        return fail(Reason::NamesUnknown { count }, renaming.unknown);
+    }
+    renaming.fuse()?;
+    let mut done = renaming.done;
+    done.sort_by_key(|(order, _)| *order);
+    Ok(done.into_iter().map(|(_, named)| named).collect())
+}
+
+/// A part of a fused layer that waits for the others.
+struct Waiting {
+    order: usize,
+    rows: Rows,
+    other: String,
+    siblings: Vec<Rows>,
+    named: Named,
+}
+
+struct Renaming<'a> {
+    layout: Option<Layout>,
+    family: Option<&'a str>,
+    attention: Attention,
+    resolver: Option<Resolver>,
+    done: Vec<(usize, Named)>,
+    waiting: Vec<Waiting>,
+    unknown: Vec<String>,
+    ambiguous: Vec<String>,
+}
+
+impl Renaming<'_> {
+    fn module(&mut self, module: &Module) -> Result<()> {
+        let flattened = module.spelling == Spelling::Flattened;
+        let parts = split(&module.path, flattened);
+        let named = |path: String, module: Module| Named {
+            component: parts.component,
+            prefix: match flattened {
+                true => String::new(),
+                false => parts.prefix.to_owned(),
+            },
+            path,
+            module,
+        };
+        let order = self.done.len() + self.waiting.len();
+        // What names it: the family's tables first, because they tell the other name as well.
+        let found: Vec<Match> = matches(module)
+            .into_iter()
+            .filter(|found| self.fits(found, parts))
+            .collect();
+        let wanted = |found: &&Match| match self.layout {
+            None => true,
+            Some(layout) => found.family.layout == layout,
+        };
+        let mut names: Vec<(String, Match)> = Vec::new();
+        for found in found.iter().filter(wanted) {
+            let side = match self.layout {
+                None => Side::Hub,
+                Some(_) => Side::Other,
+            };
+            let name = found.name(side);
+            let distinct = names.iter().all(|(known, first)| {
+                *known != name || first.side != found.side || first.row.rows != found.row.rows
+            });
+            if distinct {
+                names.push((name, found.clone()));
+            }
+        }
+        match names.as_slice() {
+            [] => {
+                let path = match (flattened, self.in_base(module)) {
+                    (false, _) => Some(parts.path.to_owned()),
+                    (true, path) => path,
+                };
+                match path {
+                    Some(path) => self.done.push((order, named(path, module.clone()))),
+                    None => self.unknown.push(module.path.clone()),
+                }
+                Ok(())
+            }
+            [(name, found)] => self.by_family(module, name, found, order, named),
+            several
+                if several.iter().all(|(_, found)| found.side == Side::Other)
+                    && self.layout.is_none() =>
+            {
+                // All parts of one fused layer, found once.
+                let (name, found) = &several[0];
+                self.by_family(module, name, found, order, named)
+            }
+            several => {
+                let all: Vec<&str> = several.iter().map(|(name, _)| name.as_str()).collect();
+                self.ambiguous
+                    .push(format!("{}: {}", module.path, all.join(", ")));
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether a family may name a module: the one of the denoiser, or any for a text encoder.
+    fn fits(&self, found: &Match, parts: InPart<'_>) -> bool {
+        let text = parts.component.is_some_and(|component| component.is_text);
+        match self.family {
+            Some(family) if !text => {
+                found.family.name == family || found.family.layout != Layout::Original
+            }
+            _ => true,
+        }
+    }
+
+    fn by_family(
+        &mut self,
+        module: &Module,
+        name: &str,
+        found: &Match,
+        order: usize,
+        named: impl Fn(String, Module) -> Named,
+    ) -> Result<()> {
+        let siblings = found.siblings();
+        match (self.layout, found.side) {
+            // It has the name that is wanted.
+            (None, Side::Hub) | (Some(_), Side::Other) => {
+                self.done
+                    .push((order, named(name.to_owned(), module.clone())));
+            }
+            (None, Side::Other) => {
+                for part in siblings {
+                    let rows = self.rows_of(module, part.row.rows)?;
+                    let taken = match part.row.rows {
+                        Rows::Whole => module.clone(),
+                        _ => module.outputs(&rows)?,
+                    };
+                    self.done.push((order, named(part.name(Side::Hub), taken)));
+                }
+            }
+            (Some(_), Side::Hub) if found.row.rows == Rows::Whole => {
+                self.done
+                    .push((order, named(name.to_owned(), module.clone())));
+            }
+            (Some(_), Side::Hub) if siblings.len() == 1 => {
+                let rows = inverse(&self.rows_of(module, found.row.rows)?);
+                self.done
+                    .push((order, named(name.to_owned(), module.outputs(&rows)?)));
+            }
+            (Some(_), Side::Hub) => self.waiting.push(Waiting {
+                order,
+                rows: found.row.rows,
+                other: name.to_owned(),
+                siblings: siblings.iter().map(|part| part.row.rows).collect(),
+                named: named(name.to_owned(), module.clone()),
+            }),
+        }
+        Ok(())
+    }
+
+    fn rows_of(&self, module: &Module, rows: Rows) -> Result<Vec<Range<usize>>> {
+        let extent = module.method.extent(module);
+        let ranges = extent
+            .outputs
+            .zip(extent.inputs)
+            .and_then(|(outputs, inputs)| rows.ranges(outputs, inputs, self.attention));
+        ranges.ok_or_else(|| {
+            if rows.needs_heads() && self.attention == Attention::default() {
+                return module.error(Reason::HeadsNeeded);
+            }
+            let (outputs, inputs) = (extent.outputs.unwrap_or(0), extent.inputs.unwrap_or(0));
+            module.error(Reason::FactorShape {
+                problem: format!(
+                    "{outputs} outputs and {inputs} inputs are no fused layer of its family"
+                ),
+            })
+        })
+    }
+
+    /// The dotted path of a flattened one, as the base names it.
+    fn in_base(&self, module: &Module) -> Option<String> {
+        let resolver = self.resolver.as_ref()?;
+        match resolver.resolve(&module.path, module.spelling) {
+            Resolution::Exact(places) if places.len() == 1 && places[0].rows == Rows::Whole => {
+                let path = places[0].tensor.strip_suffix(".weight")?;
+                let parts = split(&module.path, true);
+                let roots = parts.roots();
+                let root = roots
+                    .iter()
+                    .filter(|root| path.starts_with(**root))
+                    .max_by_key(|root| root.len());
+                Some(path[root.map_or(0, |root| root.len())..].to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    /// Puts the parts of fused layers together: block by block, or stacked where all share one down.
+    fn fuse(&mut self) -> Result<()> {
+        let waiting = std::mem::take(&mut self.waiting);
+        let mut groups: Vec<(String, Vec<Waiting>)> = Vec::new();
+        for part in waiting {
+            let key = format!("{:?} {}", part.named.component.map(|c| c.name), part.other);
+            match groups.iter_mut().find(|(known, _)| *known == key) {
+                Some((_, group)) => group.push(part),
+                None => groups.push((key, vec![part])),
+            }
+        }
+        let mut problems = Vec::new();
+        for (_, group) in groups {
+            match self.fused(group) {
+                Ok(done) => self.done.push(done),
+                Err(error) => problems.push(error),
+            }
+        }
+        Error::of_all(problems)
+    }
+
+    fn fused(&self, group: Vec<Waiting>) -> Result<(usize, Named)> {
+        let first = &group[0];
+        let sizes: Vec<(Rows, usize)> = group
+            .iter()
+            .map(|part| {
+                let extent = part.named.module.method.extent(&part.named.module);
+                (part.rows, extent.outputs.unwrap_or(0))
+            })
+            .collect();
+        let inputs = first.named.module.method.extent(&first.named.module).inputs;
+        let total = self.height(&first.siblings, &sizes, inputs.unwrap_or(0));
+        let error = |problem: &str| {
+            let problem = format!("{problem}: it would be a part of `{}`", first.other);
+            first.named.module.error(Reason::FactorShape { problem })
+        };
+        let total = total.ok_or_else(|| error("the outputs of the whole layer cannot be told"))?;
+        let mut parts = Vec::new();
+        for (part, (rows, outputs)) in group.iter().zip(&sizes) {
+            let ranges = rows.ranges(total, inputs.unwrap_or(0), self.attention);
+            let ranges = ranges.ok_or_else(|| error("its rows cannot be told"))?;
+            if ranges.iter().map(Range::len).sum::<usize>() != *outputs {
+                return Err(error("its outputs are not those of its part"));
+            }
+            parts.push((&part.named.module, ranges));
+        }
+        let module = lora::fused(&parts, total)?;
+        let order = first.order;
+        let named = Named {
+            module,
+            ..first.named.clone()
+        };
+        Ok((order, named))
+    }
+
+    /// The height of a fused layer from the parts that are there.
+    fn height(&self, siblings: &[Rows], sizes: &[(Rows, usize)], inputs: usize) -> Option<usize> {
+        let (_, first) = sizes.first()?;
+        let all_there = siblings
+            .iter()
+            .all(|rows| sizes.iter().any(|(known, _)| known == rows));
+        if all_there {
+            return Some(sizes.iter().map(|(_, size)| size).sum());
+        }
+        match siblings.first()? {
+            Rows::Block { of, .. } => first.checked_mul(*of),
+            // Blocks as tall as the layer is wide, and a rest that only the part itself tells.
+            Rows::Square { .. } => {
+                let rest = sizes
+                    .iter()
+                    .find(|(rows, _)| matches!(rows, Rows::Rest { .. }))?;
+                let squares = siblings
+                    .iter()
+                    .filter(|rows| matches!(rows, Rows::Square { .. }));
+                Some(rest.1 + squares.count() * inputs)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The permutation that undoes a list of ranges which are all rows.
+fn inverse(ranges: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut at = 0;
+    let mut placed: Vec<(usize, Range<usize>)> = ranges
+        .iter()
+        .map(|range| {
+            let here = at..at + range.len();
+            at = here.end;
+            (range.start, here)
+        })
+        .collect();
+    placed.sort_by_key(|(start, _)| *start);
+    placed.into_iter().map(|(_, range)| range).collect()
+}
