@@ -5,8 +5,10 @@ use std::path::Path;
 use loratool::containers::TensorFile;
 use loratool::formats::{Found, ReadOptions};
 use loratool::naming::Spelling;
+use loratool::ops::convert;
+use loratool::ops::merge::Control;
 use loratool::tensor::DType;
-use loratool::{Error, Kind};
+use loratool::{Error, Kind, Reason};
 
 use crate::oracle::Stored;
 use crate::support::{fixture, merge, options, write_safetensors};
@@ -60,8 +62,8 @@ fn every_golden_of_lycoris_is_met() {
     for entry in std::fs::read_dir(fixture("lycoris")).unwrap() {
         let folder = entry.unwrap().path();
         let name = folder.file_name().unwrap().to_str().unwrap().to_owned();
-        if name == "unet_attn" {
-            continue;
+        if !folder.join("adapter.safetensors").exists() {
+            continue; // one adapter in several spellings
         }
         let file = |name: &str| folder.join(name);
         let (base, adapter) = (file("base.safetensors"), file("adapter.safetensors"));
@@ -78,13 +80,164 @@ fn every_golden_of_lycoris_is_met() {
     assert_eq!(met, 16);
 }
 
+/// Adapters of one meaning, bases in either layout, and what the bases become.
+const SPELLED: &[(&str, &[&str], &[(&str, &str)], usize)] = &[
+    (
+        "unet_attn",
+        &[
+            "kohya",
+            "kohya_sgm",
+            "diffusers_new",
+            "diffusers_mid",
+            "diffusers_old",
+        ],
+        UNETS,
+        618,
+    ),
+    (
+        "unet_full",
+        &["kohya", "kohya_sgm", "diffusers_new"],
+        UNETS,
+        618,
+    ),
+    (
+        "flux_fused",
+        &["kohya_dense", "diffusers_dense"],
+        &[
+            ("base_bfl", "merged_dense_bfl"),
+            ("base_diffusers", "merged_dense_diffusers"),
+        ],
+        2,
+    ),
+    (
+        "flux_fused",
+        &["kohya_sparse", "diffusers_sparse"],
+        &[
+            ("base_bfl", "merged_sparse_bfl"),
+            ("base_diffusers", "merged_sparse_diffusers"),
+        ],
+        2,
+    ),
+];
+
+const UNETS: &[(&str, &str)] = &[("unet", "unet_merged"), ("unet_ldm", "unet_merged_ldm")];
+
+fn spelled(case: &str, name: &str) -> std::path::PathBuf {
+    fixture("lycoris")
+        .join(case)
+        .join(format!("{name}.safetensors"))
+}
+
 #[test]
-fn one_adapter_in_four_spellings_gives_what_diffusers_computes() {
-    let file = |name: &str| fixture("lycoris/unet_attn").join(format!("{name}.safetensors"));
-    let expected = TensorFile::open(file("unet_merged")).unwrap();
-    for name in ["kohya", "diffusers_new", "diffusers_mid", "diffusers_old"] {
-        let merged = merged(&file("unet"), &file(name), 1.0);
-        assert_eq!(compare(name, &merged, &expected, ""), 618, "{name}");
+fn one_adapter_in_any_spelling_gives_what_diffusers_computes_in_either_layout() {
+    for (case, adapters, bases, least) in SPELLED {
+        for (base, expected) in *bases {
+            let expected = TensorFile::open(spelled(case, expected)).unwrap();
+            for adapter in *adapters {
+                let merged = merged(&spelled(case, base), &spelled(case, adapter), 1.0);
+                let compared = compare(adapter, &merged, &expected, "");
+                assert!(compared >= *least, "{case}, {adapter}: {compared}");
+                assert_eq!(compared, expected.directory.tensors.len());
+            }
+        }
+    }
+}
+
+/// Converts one adapter and gives where it lies.
+fn converted(from: &Path, to: &str, output: &Path) -> Result<convert::Report, Error> {
+    let options = convert::Options {
+        adapter: from.to_owned(),
+        to: to.to_owned(),
+        output: output.to_owned(),
+        ..convert::Options::default()
+    };
+    convert::plan(&options)?.run(&Control::default())
+}
+
+fn bytes_of(file: &TensorFile) -> Vec<(String, Vec<u8>)> {
+    let tensors = file.directory.tensors.iter();
+    let mut all: Vec<_> = tensors
+        .map(|tensor| (tensor.name.clone(), tensor.bytes().unwrap().into_owned()))
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn a_converted_adapter_merges_as_its_source_does() {
+    let mut exact = 0;
+    for (case, adapters, bases, _) in SPELLED {
+        for adapter in *adapters {
+            let from = spelled(case, adapter);
+            for target in convert::targets() {
+                let room = tempfile::tempdir().unwrap();
+                let output = room.path().join("converted");
+                let report = match converted(&from, target.id(), &output) {
+                    Ok(report) => report,
+                    Err(error) => {
+                        let lossy = matches!(error.reason(), Reason::Losses { .. });
+                        assert!(lossy, "{adapter} to {}: {error:?}", target.id());
+                        assert!(!output.exists());
+                        continue;
+                    }
+                };
+                for (base, expected) in *bases {
+                    let base = spelled(case, base);
+                    let ours = merged(&base, &output, 1.0);
+                    let expected = TensorFile::open(spelled(case, expected)).unwrap();
+                    let name = format!("{case}: {adapter} to {}", target.id());
+                    let compared = compare(&name, &ours, &expected, "");
+                    assert_eq!(compared, expected.directory.tensors.len());
+                    if report.folded.is_empty() {
+                        let theirs = merged(&base, &from, 1.0);
+                        assert_eq!(bytes_of(&ours), bytes_of(&theirs), "{name}");
+                        exact += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(exact > 20, "{exact}");
+}
+
+#[test]
+fn a_folder_of_peft_and_a_file_of_diffusers_are_each_others_conversion() {
+    let Some(adapters) = crate::real_adapters::folder() else {
+        return;
+    };
+    let file = adapters.join("diffusers-new-sd15-metadata/pytorch_lora_weights.safetensors");
+    let folder = adapters.join("diffusers-new-sd15-peft-twin");
+    let room = tempfile::tempdir().unwrap();
+    for (from, to, name, twin) in [
+        (
+            &file,
+            "peft",
+            "adapter_model.safetensors",
+            &folder.join("adapter_model.safetensors"),
+        ),
+        (
+            &folder,
+            "diffusers",
+            "pytorch_lora_weights.safetensors",
+            &file,
+        ),
+    ] {
+        let output = room.path().join(to);
+        converted(from, to, &output).unwrap();
+        let ours = TensorFile::open(output.join(name)).unwrap();
+        assert_eq!(bytes_of(&ours), bytes_of(&TensorFile::open(twin).unwrap()));
+        let scale = |path: &Path| {
+            let adapter = Found::open(path)
+                .unwrap()
+                .read(&ReadOptions::default())
+                .unwrap();
+            adapter
+                .modules
+                .iter()
+                .map(|module| module.scale.value)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(scale(&output), scale(from));
     }
 }
 

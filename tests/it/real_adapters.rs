@@ -7,7 +7,7 @@ use loratool::formats::ReadOptions;
 use loratool::ops::inspect::{Inspection, inspect};
 
 /// The folder with the files, which is shared beside the project and not part of it.
-fn folder() -> Option<PathBuf> {
+pub(crate) fn folder() -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/real-adapters");
     if folder.is_dir() {
         return Some(folder);

@@ -137,7 +137,14 @@ pub fn plan(options: &Options) -> Result<Plan> {
     let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
     select(&mut adapter, options)?;
     let written = write(&adapter, target, base.as_ref(), options)?;
-    let (written, family) = written;
+    let (mut written, family) = written;
+    // As safetensors lays them out: the widest types first, so that all of them are aligned.
+    written.tensors.sort_by(|a, b| {
+        b.dtype
+            .bitsize()
+            .cmp(&a.dtype.bitsize())
+            .then(a.name.cmp(&b.name))
+    });
     if !written.losses.is_empty() && !options.allow_losses {
         let reason = Reason::Losses {
             format: target.name(),

@@ -171,18 +171,22 @@ impl Renaming<'_> {
             None => true,
             Some(layout) => found.family.layout == layout,
         };
-        let mut names: Vec<(String, Match)> = Vec::new();
+        let mut names: Vec<(Vec<String>, Match)> = Vec::new();
         for found in found.iter().filter(wanted) {
-            let side = match self.layout {
-                None => Side::Hub,
-                Some(_) => Side::Other,
+            let all = match (self.layout, found.side) {
+                (None, Side::Other) => {
+                    let siblings = found.siblings();
+                    siblings.iter().map(|part| part.name(Side::Hub)).collect()
+                }
+                (None, Side::Hub) => vec![found.name(Side::Hub)],
+                (Some(_), _) => vec![found.name(Side::Other)],
             };
-            let name = found.name(side);
-            let distinct = names.iter().all(|(known, first)| {
-                *known != name || first.side != found.side || first.row.rows != found.row.rows
-            });
-            if distinct {
-                names.push((name, found.clone()));
+            let same = |(known, first): &(Vec<String>, Match)| {
+                let rows = first.row.rows == found.row.rows || found.side == Side::Other;
+                *known == all && first.side == found.side && rows
+            };
+            if !names.iter().any(same) {
+                names.push((all, found.clone()));
             }
         }
         match names.as_slice() {
@@ -197,19 +201,11 @@ impl Renaming<'_> {
                 }
                 Ok(())
             }
-            [(name, found)] => self.by_family(module, name, found, order, named),
-            several
-                if several.iter().all(|(_, found)| found.side == Side::Other)
-                    && self.layout.is_none() =>
-            {
-                // All parts of one fused layer, found once.
-                let (name, found) = &several[0];
-                self.by_family(module, name, found, order, named)
-            }
+            [(all, found)] => self.by_family(module, &all[0], found, order, named),
             several => {
-                let all: Vec<&str> = several.iter().map(|(name, _)| name.as_str()).collect();
-                self.ambiguous
-                    .push(format!("{}: {}", module.path, all.join(", ")));
+                let all: Vec<String> = several.iter().map(|(all, _)| all.join(" + ")).collect();
+                let case = format!("{}: {}", module.path, all.join(", or "));
+                self.ambiguous.push(case);
                 Ok(())
             }
         }
