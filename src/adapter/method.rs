@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use super::module::{Module, Role};
-use crate::error::Result;
+use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 
 /// The mathematics of one kind of adapter. The shelf `methods` implements it, one file each.
@@ -21,7 +21,7 @@ pub trait Method: Sync + Debug {
     /// Checks that the shapes of a module agree with each other.
     ///
     /// # Errors
-    /// [`crate::Reason::FactorShape`].
+    /// [`Reason::FactorShape`].
     fn check(&self, module: &Module) -> Result<()>;
 
     /// The layer that the parameters are made for, as far as they tell.
@@ -45,6 +45,22 @@ pub trait Method: Sync + Debug {
     /// What reading the parameters gives.
     fn is_transpose(&self, _module: &Module, _other: &Module) -> Result<bool> {
         Ok(false)
+    }
+
+    /// One module of the parts of a fused layer of `outputs`, each on its rows: a power that additive
+    /// methods may have. Outputs of no part stay as they are.
+    ///
+    /// # Errors
+    /// [`Reason::MethodOnTarget`] where the method has no such module.
+    fn fuse(&self, parts: &[(&Module, Vec<Range<usize>>)], _outputs: usize) -> Result<Module> {
+        let reason = Reason::MethodOnTarget {
+            method: self.name(),
+            what: "a part of a fused layer",
+        };
+        Err(match parts.first() {
+            Some((module, _)) => module.error(reason),
+            None => Error::new(reason),
+        })
     }
 
     /// What it does to one tensor of the base, ready to be applied to blocks of rows.

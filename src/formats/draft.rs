@@ -117,10 +117,13 @@ impl Written {
     }
 
     /// The factors of a module whose method is known to the format; `None`, and a loss, otherwise.
-    pub(super) fn low_rank(&mut self, named: &Named, dora: bool) -> Option<LowRank> {
+    pub(super) fn low_rank(&mut self, named: &Named, with_norms: bool) -> Option<LowRank> {
         let module = &named.module;
-        let is = |method: &'static dyn Method| std::ptr::addr_eq(module.method, method);
-        if !is(&lora::LORA) && !(dora && is(&dora::DORA)) {
+        let known: &[&str] = match with_norms {
+            true => &[lora::LORA.name(), dora::DORA.name()],
+            false => &[lora::LORA.name()],
+        };
+        if !known.contains(&module.method.name()) {
             let text = format!("the method {}", module.method.name());
             self.lose(&*module.path, text);
             return None;

@@ -109,6 +109,10 @@ impl Method for Lora {
         Ok(module.parameters.len() == 2 && equal(DOWN, UP)? && equal(UP, DOWN)?)
     }
 
+    fn fuse(&self, parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Module> {
+        fused(parts, outputs)
+    }
+
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let c = strength * module.scale.value;
         Ok(Box::new(Sum(match on.part {
@@ -213,7 +217,7 @@ fn folded(down: &Tensor, mid: &Tensor) -> Tensor {
 ///
 /// # Errors
 /// [`Reason::MethodOnTarget`] for anything but two factors.
-pub fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Module> {
+fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Module> {
     let (first, _) = parts
         .first()
         .ok_or_else(|| Error::new(Reason::NothingSelected))?;

@@ -185,6 +185,9 @@ impl Resolver {
             Resolution::Unresolved => {}
             found => return found,
         }
+        if path.len() > families::LONGEST {
+            return Resolution::Unresolved;
+        }
         // The families know one prefix of each model.
         let mut paths = spellings(path);
         paths.insert(path.to_owned());

@@ -26,6 +26,8 @@ pub enum Rows {
     },
     /// Both halves, exchanged (scale and shift of `norm_out`).
     Swapped,
+    /// Both halves, exchanged, where there are only two: twice as tall as wide. Otherwise all rows.
+    SwappedPair,
     /// The tensor is the transpose of the module's weight.
     Transposed,
     /// One expert of a stack [experts, rows, columns], and one of `of` equal blocks of its rows.
@@ -119,6 +121,10 @@ impl Rows {
             Rows::Swapped => rows
                 .is_multiple_of(2)
                 .then(|| vec![rows / 2..rows, 0..rows / 2]),
+            Rows::SwappedPair if Some(rows) == columns.checked_mul(2) => {
+                Rows::Swapped.ranges(rows, columns, attention)
+            }
+            Rows::SwappedPair => Some(one(0..rows)),
             Rows::Expert { .. } => None, // rows of a stack: its own shape tells
             Rows::Pairs(heads) => {
                 let (query, key) = attention.pair()?;

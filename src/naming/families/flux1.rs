@@ -3,31 +3,24 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_flux_transformer_checkpoint_to_diffusers`).
 
-use super::{Family, Layout, Row, row};
+use super::{Family, Layout, Row, row, squares, thirds, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const FLUX1: Family = Family {
     name: "flux1",
     layout: Layout::Original,
+    is_text: false,
     rows,
 };
 
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
-    let third = |index| Rows::Block { index, of: 3 };
-    let (hub, other) = ("transformer_blocks.*", "double_blocks.*");
-    for (index, name) in ["to_q", "to_k", "to_v"].into_iter().enumerate() {
-        let hub = format!("{hub}.attn.{name}");
-        rows.push(row(hub, format!("{other}.img_attn.qkv"), third(index)));
-    }
-    for (index, name) in ["add_q_proj", "add_k_proj", "add_v_proj"]
-        .into_iter()
-        .enumerate()
-    {
-        let hub = format!("{hub}.attn.{name}");
-        rows.push(row(hub, format!("{other}.txt_attn.qkv"), third(index)));
-    }
-    for (ours, theirs) in [
+    let (hub, other) = ("transformer_blocks.*.", "double_blocks.*.");
+    let fused = ["attn.to_q", "attn.to_k", "attn.to_v"];
+    thirds(&mut rows, hub, fused, "double_blocks.*.img_attn.qkv");
+    let added = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"];
+    thirds(&mut rows, hub, added, "double_blocks.*.txt_attn.qkv");
+    let layers = [
         ("attn.to_out.0", "img_attn.proj"),
         ("attn.to_add_out", "txt_attn.proj"),
         ("ff.net.0.proj", "img_mlp.0"),
@@ -40,33 +33,18 @@ fn rows() -> Vec<Row> {
         ("attn.norm_k", "img_attn.norm.key_norm"),
         ("attn.norm_added_q", "txt_attn.norm.query_norm"),
         ("attn.norm_added_k", "txt_attn.norm.key_norm"),
-    ] {
-        let (hub, other) = (format!("{hub}.{ours}"), format!("{other}.{theirs}"));
-        rows.push(row(hub, other, Rows::Whole));
-    }
-    let (hub, other) = ("single_transformer_blocks.*", "single_blocks.*");
-    for (name, part) in [
-        ("attn.to_q", Rows::Square { index: 0 }),
-        ("attn.to_k", Rows::Square { index: 1 }),
-        ("attn.to_v", Rows::Square { index: 2 }),
-        ("proj_mlp", Rows::Rest { after: 3 }),
-    ] {
-        rows.push(row(
-            format!("{hub}.{name}"),
-            format!("{other}.linear1"),
-            part,
-        ));
-    }
-    for (ours, theirs) in [
+    ];
+    whole(&mut rows, hub, other, &layers);
+    let (hub, other) = ("single_transformer_blocks.*.", "single_blocks.*.");
+    squares(&mut rows, hub, fused, "proj_mlp", "single_blocks.*.linear1");
+    let layers = [
         ("proj_out", "linear2"),
         ("norm.linear", "modulation.lin"),
         ("attn.norm_q", "norm.query_norm"),
         ("attn.norm_k", "norm.key_norm"),
-    ] {
-        let (hub, other) = (format!("{hub}.{ours}"), format!("{other}.{theirs}"));
-        rows.push(row(hub, other, Rows::Whole));
-    }
-    for (hub, other) in [
+    ];
+    whole(&mut rows, hub, other, &layers);
+    let layers = [
         ("x_embedder", "img_in"),
         ("context_embedder", "txt_in"),
         (
@@ -94,9 +72,8 @@ fn rows() -> Vec<Row> {
             "vector_in.out_layer",
         ),
         ("proj_out", "final_layer.linear"),
-    ] {
-        rows.push(row(hub, other, Rows::Whole));
-    }
+    ];
+    whole(&mut rows, "", "", &layers);
     // Shift and scale change places.
     rows.push(row(
         "norm_out.linear",

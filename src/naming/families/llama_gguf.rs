@@ -9,6 +9,7 @@ use crate::naming::rows::{Heads, Rows};
 pub(super) const LLAMA_GGUF: Family = Family {
     name: "llama",
     layout: Layout::Gguf,
+    is_text: false,
     rows,
 };
 

@@ -8,10 +8,17 @@ use std::sync::OnceLock;
 
 use super::rows::Rows;
 
+mod anima;
 mod flux1;
+mod flux2;
+mod hunyuan_video;
 mod llama_gguf;
 mod openclip;
+mod qwen_image;
+mod sd3;
 mod sd_unet;
+mod t5;
+mod wan;
 
 /// A way to name the layers of a model, other than the hub's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,7 +34,7 @@ pub enum Layout {
 }
 
 /// Longer than any path that a row describes.
-const LONGEST: usize = 256;
+pub(super) const LONGEST: usize = 256;
 
 /// A family under one other layout.
 #[derive(Debug)]
@@ -36,6 +43,8 @@ pub struct Family {
     pub name: &'static str,
     /// The layout of the other names.
     pub layout: Layout,
+    /// Whether it is a text encoder, which models of several families have.
+    pub is_text: bool,
     /// The layers.
     pub rows: fn() -> Vec<Row>,
 }
@@ -56,11 +65,45 @@ pub static FAMILIES: &[Family] = &[
     sd_unet::SD1,
     sd_unet::SDXL,
     openclip::OPENCLIP,
+    t5::T5,
+    sd3::SD3,
     flux1::FLUX1,
+    flux2::FLUX2,
+    wan::WAN,
+    hunyuan_video::HUNYUAN_VIDEO,
+    qwen_image::QWEN_IMAGE,
+    anima::ANIMA,
     llama_gguf::LLAMA_GGUF,
 ];
 
-/// A row with the same layer whole under both names, or a part of the other.
+/// Layers that are whole under both names, below a path of either side.
+fn whole(rows: &mut Vec<Row>, hub: &str, other: &str, layers: &[(&str, &str)]) {
+    for (ours, theirs) in layers {
+        let (hub, other) = (format!("{hub}{ours}"), format!("{other}{theirs}"));
+        rows.push(row(hub, other, Rows::Whole));
+    }
+}
+
+/// Three layers of the hub that are one: query, key and value.
+fn thirds(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], other: &str) {
+    for (index, layer) in layers.into_iter().enumerate() {
+        rows.push(row(
+            format!("{hub}{layer}"),
+            other,
+            Rows::Block { index, of: 3 },
+        ));
+    }
+}
+
+/// Three blocks as tall as the layer is wide, and a rest.
+fn squares(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], rest: &str, other: &str) {
+    for (index, layer) in layers.into_iter().enumerate() {
+        rows.push(row(format!("{hub}{layer}"), other, Rows::Square { index }));
+    }
+    rows.push(row(format!("{hub}{rest}"), other, Rows::Rest { after: 3 }));
+}
+
+/// A row.
 fn row(hub: impl Into<String>, other: impl Into<String>, rows: Rows) -> Row {
     Row {
         hub: hub.into(),

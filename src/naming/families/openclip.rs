@@ -10,6 +10,7 @@ use crate::naming::rows::Rows;
 pub(super) const OPENCLIP: Family = Family {
     name: "openclip",
     layout: Layout::Original,
+    is_text: true,
     rows,
 };
 

@@ -11,12 +11,14 @@ use crate::naming::rows::Rows;
 pub(super) const SD1: Family = Family {
     name: "sd1",
     layout: Layout::Original,
+    is_text: false,
     rows: || rows(&[true, true, true, false]),
 };
 
 pub(super) const SDXL: Family = Family {
     name: "sdxl",
     layout: Layout::Original,
+    is_text: false,
     rows: || rows(&[false, true, true]),
 };
 

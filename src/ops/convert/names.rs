@@ -7,7 +7,6 @@ use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::formats::Named;
-use crate::methods::lora;
 use crate::naming::component::{InPart, split};
 use crate::naming::families::{FAMILIES, Layout, Match, Side, find};
 use crate::naming::{Attention, Resolution, Resolver, Rows, Spelling};
@@ -43,8 +42,7 @@ pub(super) fn family(
         }
         let mut names: Vec<&str> = matches(module)
             .into_iter()
-            .filter(|found| found.family.layout == Layout::Original)
-            .filter(|found| found.row.hub != found.row.other || found.family.name != "openclip")
+            .filter(|found| found.family.layout == Layout::Original && !found.family.is_text)
             .map(|found| found.family.name)
             .collect();
         names.sort_unstable();
@@ -167,13 +165,18 @@ impl Renaming<'_> {
             .into_iter()
             .filter(|found| self.fits(found, parts))
             .collect();
-        let wanted = |found: &&Match| match self.layout {
+        // Text encoders have one name everywhere but in single files of latent diffusion.
+        let layout = match parts.component {
+            Some(component) if component.is_text => None,
+            _ => self.layout,
+        };
+        let wanted = |found: &&Match| match layout {
             None => true,
             Some(layout) => found.family.layout == layout,
         };
         let mut names: Vec<(Vec<String>, Match)> = Vec::new();
         for found in found.iter().filter(wanted) {
-            let all = match (self.layout, found.side) {
+            let all = match (layout, found.side) {
                 (None, Side::Other) => {
                     let siblings = found.siblings();
                     siblings.iter().map(|part| part.name(Side::Hub)).collect()
@@ -201,7 +204,7 @@ impl Renaming<'_> {
                 }
                 Ok(())
             }
-            [(all, found)] => self.by_family(module, &all[0], found, order, named),
+            [(all, found)] => self.by_family(module, (layout, &all[0]), found, order, named),
             several => {
                 let all: Vec<String> = several.iter().map(|(all, _)| all.join(" + ")).collect();
                 let case = format!("{}: {}", module.path, all.join(", or "));
@@ -225,13 +228,13 @@ impl Renaming<'_> {
     fn by_family(
         &mut self,
         module: &Module,
-        name: &str,
+        (layout, name): (Option<Layout>, &str),
         found: &Match,
         order: usize,
         named: impl Fn(String, Module) -> Named,
     ) -> Result<()> {
         let siblings = found.siblings();
-        match (self.layout, found.side) {
+        match (layout, found.side) {
             // It has the name that is wanted.
             (None, Side::Hub) | (Some(_), Side::Other) => {
                 self.done
@@ -350,7 +353,7 @@ impl Renaming<'_> {
             }
             parts.push((&part.named.module, ranges));
         }
-        let module = lora::fused(&parts, total)?;
+        let module = first.named.module.method.fuse(&parts, total)?;
         let order = first.order;
         let named = Named {
             module,
