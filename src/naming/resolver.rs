@@ -302,7 +302,10 @@ impl Resolver {
 
     /// The names that end most like a path, for a message.
     pub fn nearest(&self, path: &str, count: usize) -> Vec<String> {
-        let wanted: Vec<&str> = path.split('.').collect();
+        // No name of a model has as many segments; a path may have thousands.
+        const SEGMENTS: usize = 64;
+        let mut wanted: Vec<&str> = path.rsplit('.').take(SEGMENTS).collect();
+        wanted.reverse();
         let mut scored: Vec<(usize, &String)> = self
             .names
             .iter()
