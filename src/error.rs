@@ -234,6 +234,7 @@ reasons! {
         Shape { adapter: String, base: String } => "the adapter is for a weight of {adapter}, the base has {base}",
         NoBias => "the adapter changes its bias, but the base has none",
         ReplacementShape { adapter: Vec<usize>, base: Vec<usize> } => "the adapter replaces it with shape {adapter:?}, the base has {base:?}",
+        PaddedShape { adapter: Vec<usize>, base: Vec<usize> } => "the adapter widens it to shape {adapter:?}, which the base's shape {base:?} cannot be widened to",
         TwoReplacements { first: String, second: String } => "`{first}` and `{second}` replace it differently",
         TwoModules { first: String, tensor: String } => "it and `{first}` both land on `{tensor}`",
         TokenRow { row: usize, rows: usize } => "token {row} is out of range: the embedding has {rows} rows",

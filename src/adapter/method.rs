@@ -18,6 +18,11 @@ pub trait Method: Sync + Debug {
     /// Whether its delta adds up with others, or needs its place in the order.
     fn order(&self) -> Order;
 
+    /// Whether its result is the same at any strength but 0.
+    fn ignores_strength(&self) -> bool {
+        false
+    }
+
     /// Checks that the shapes of a module agree with each other.
     ///
     /// # Errors

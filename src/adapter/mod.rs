@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::naming::Spelling;
 use crate::notice::Notice;
 use crate::tensor::Tensor;
 
@@ -31,6 +32,8 @@ pub struct Adapter {
     pub unused: Vec<Tensor>,
     /// Layers to repeat before anything is merged: ranges of the base's layers.
     pub replication: Vec<(usize, usize)>,
+    /// Weights to widen with zeros before anything is added (ComfyUI `reshape_weight`).
+    pub paddings: Vec<Padding>,
     /// The output embedding shares one adapter with the input embedding (PEFT `ensure_weight_tying`).
     pub tied: bool,
     /// What changes a shared embedding was trained on both of its uses, so that it stays shared (MLX).
@@ -61,6 +64,19 @@ pub enum ReplacementKind {
     Bias,
     /// The base weight below an adapter (`base_layer.weight`), possibly with another number of rows.
     BaseLayer,
+}
+
+/// A weight of the base that the adapter was trained on a larger version of: zeros follow along each axis.
+#[derive(Clone, Debug)]
+pub struct Padding {
+    /// Path of the module.
+    pub path: String,
+    /// How the path is spelled.
+    pub spelling: Spelling,
+    /// The shape to widen to.
+    pub shape: Vec<usize>,
+    /// The tensor that says so.
+    pub tensor: Tensor,
 }
 
 /// Rows of an embedding.

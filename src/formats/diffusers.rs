@@ -123,7 +123,7 @@ impl Format for Diffusers {
         for tensor in &found.file.directory.tensors {
             match parse(&tensor.name) {
                 Some((path, piece)) => pieces.add(path, piece, tensor),
-                None => pieces.unknown(tensor.name.clone()),
+                None => pieces.unknown(tensor),
             }
         }
         let configurations = configurations(found, options).map_err(|e| e.on(METADATA))?;
@@ -302,7 +302,7 @@ const PARTS: &[&str] = &[
 ];
 
 /// The module and the piece of it that a key names.
-fn parse(name: &str) -> Option<(String, Piece)> {
+pub(super) fn parse(name: &str) -> Option<(String, Piece)> {
     let (suffix, piece) = SUFFIXES
         .iter()
         .filter(|(suffix, _)| name.ends_with(suffix))

@@ -99,6 +99,13 @@ impl Written {
         });
     }
 
+    /// Notes weights that are widened as lost.
+    pub(super) fn lose_paddings(&mut self, draft: &Draft<'_>) {
+        for padding in &draft.adapter.paddings {
+            self.lose(&*padding.path, "a weight that is widened with zeros");
+        }
+    }
+
     /// Notes everything besides modules as lost.
     pub(super) fn lose_rest(&mut self, draft: &Draft<'_>) {
         let adapter = draft.adapter;
@@ -108,6 +115,7 @@ impl Written {
         for tokens in &adapter.tokens {
             self.lose(&*tokens.path, "rows of an embedding");
         }
+        self.lose_paddings(draft);
         if !adapter.replication.is_empty() {
             self.lose("layer_replication", "repeated layers");
         }

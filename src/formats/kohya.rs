@@ -29,6 +29,8 @@ const SUFFIXES: &[(&str, Piece)] = &[
     ("diff_b", Piece::Whole(full::BIAS_DIFFERENCE)),
     ("w_norm", Piece::Whole(full::DIFFERENCE)),
     ("b_norm", Piece::Whole(full::BIAS_DIFFERENCE)),
+    ("set_weight", Piece::Value),
+    ("reshape_weight", Piece::Shape),
 ];
 
 /// How the tensors of methods that are not read start.
@@ -48,8 +50,6 @@ const OTHERS: &[(&str, &str)] = &[
     ("q_layer.", "T-LoRA"),
     ("p_layer.", "T-LoRA"),
     ("bias_", "sparse bias"),
-    ("set_weight", "replaced weight"),
-    ("reshape_weight", "padded weight"),
 ];
 
 impl Format for Kohya {
@@ -74,7 +74,7 @@ impl Format for Kohya {
         for tensor in &found.file.directory.tensors {
             match parse(&tensor.name) {
                 Some((path, piece)) => pieces.add(path.to_owned(), piece, tensor),
-                None => pieces.unknown(tensor.name.clone()),
+                None => pieces.unknown(tensor),
             }
         }
         let tool = found.metadata("ss_network_module").unwrap_or("kohya");
@@ -223,10 +223,14 @@ fn is_prefixed(name: &str) -> bool {
 
 fn parse(name: &str) -> Option<(&str, Piece)> {
     let (path, suffix) = name.split_once('.').filter(|(path, _)| is_prefixed(path))?;
+    Some((path, tail(suffix)?))
+}
+
+/// What stands behind a module.
+pub(super) fn tail(suffix: &str) -> Option<Piece> {
     let whole = SUFFIXES.iter().find(|(known, _)| *known == suffix);
-    let piece = whole.map(|(_, piece)| *piece).or_else(|| {
+    whole.map(|(_, piece)| *piece).or_else(|| {
         let other = OTHERS.iter().find(|(start, _)| suffix.starts_with(start));
         other.map(|(_, method)| Piece::Other(method))
-    });
-    Some((path, piece?))
+    })
 }

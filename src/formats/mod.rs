@@ -11,13 +11,17 @@ use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Value};
 use crate::mapped::{Input, is_there};
 
+mod bfl;
 mod diffusers;
+mod dotted;
 mod draft;
 mod kohya;
 mod mlx;
+mod onetrainer;
 mod peft;
 mod pieces;
 mod spellings;
+mod xlabs;
 
 pub use draft::{Draft, Loss, Named, Writer, Written};
 pub use spellings::Summary;
@@ -56,14 +60,17 @@ pub static FORMATS: &[&dyn Format] = &[
     &spellings::CLONEOFSIMO_LIST,
     &spellings::GGUF,
     &mlx::Mlx,
-    &spellings::XLABS,
+    &xlabs::XLabs,
+    &dotted::AI_TOOLKIT,
     &diffusers::OLD,
     &diffusers::MID,
     &spellings::KOHYA_DOUBLED,
+    &onetrainer::OneTrainer,
     &kohya::Kohya,
-    &spellings::COMFYUI,
+    &dotted::COMFYUI,
+    &dotted::OMI,
     &diffusers::NEW,
-    &spellings::BFL_CONTROL,
+    &bfl::Bfl,
     &spellings::LORALIB,
     &spellings::TEXTUAL_INVERSION,
     &spellings::HOME_MADE,

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use super::{Found, Summary};
-use crate::adapter::{Adapter, Facts, Layer, Method, Module, Role, Scale};
+use crate::adapter::{Adapter, Facts, Layer, Method, Module, Padding, Role, Scale};
 use crate::error::{Error, Reason, Result};
-use crate::methods::{dora, full, lora};
+use crate::methods::{dora, full, lora, replaced};
 use crate::naming::Spelling;
 use crate::notice::{Notice, NoticeKind};
 use crate::printable::acts_on_a_terminal;
@@ -22,9 +22,31 @@ pub(super) enum Piece {
     Alpha,
     /// Learned norms, whose shape tells the axis.
     DoraScale,
+    /// What takes the place of the weight.
+    Value,
+    /// The shape that the weight is widened to with zeros: integers.
+    Shape,
     /// A tensor of a method that is not read.
     Other(&'static str),
 }
+
+impl Piece {
+    pub(super) const DOWN: Piece = Piece::Factor(lora::DOWN);
+    pub(super) const UP: Piece = Piece::Factor(lora::UP);
+}
+
+/// Keys that belong to no module, how they start, and what they are: OneTrainer's embeddings, and the
+/// notes that tools for sliders keep.
+const ASIDE: &[(&str, &str)] = &[
+    (
+        "bundle_emb.",
+        "an embedding in the file, which is not merged",
+    ),
+    ("_aux.", "a note of a training tool"),
+];
+
+/// Most axes of a weight.
+const AXES: usize = 8;
 
 /// Tensors as they come in, and what they make.
 pub(super) struct Pieces {
@@ -42,6 +64,8 @@ struct Parts {
     whole: Vec<(Role, Tensor)>,
     alpha: Option<Tensor>,
     dora_scale: Option<Tensor>,
+    value: Option<Tensor>,
+    shape: Option<Tensor>,
     other: Option<&'static str>,
 }
 
@@ -63,9 +87,28 @@ impl Pieces {
         }
     }
 
-    /// A key that no rule takes apart.
-    pub(super) fn unknown(&mut self, key: String) {
-        self.unknown.push(key);
+    /// A tensor whose key no rule takes apart.
+    pub(super) fn unknown(&mut self, tensor: &Tensor) {
+        let aside = ASIDE
+            .iter()
+            .find(|(start, _)| tensor.name.starts_with(start));
+        match aside {
+            Some((_, what)) => {
+                self.adapter.unused.push(tensor.clone());
+                self.notices([Notice::new(NoticeKind::Unused, *what).on(&*tensor.name)]);
+            }
+            None => self.unknown.push(tensor.name.clone()),
+        }
+    }
+
+    /// A weight that is widened with zeros, as a tensor tells.
+    pub(super) fn pad(&mut self, path: String, shape: Vec<usize>, tensor: &Tensor) {
+        self.adapter.paddings.push(Padding {
+            path,
+            spelling: self.spelling,
+            shape,
+            tensor: tensor.clone(),
+        });
     }
 
     /// What is odd.
@@ -93,6 +136,8 @@ impl Pieces {
             Piece::Whole(role) => place(&mut parts.whole, role),
             Piece::Alpha => parts.alpha.replace(tensor.clone()).is_none(),
             Piece::DoraScale => parts.dora_scale.replace(tensor.clone()).is_none(),
+            Piece::Value => parts.value.replace(tensor.clone()).is_none(),
+            Piece::Shape => parts.shape.replace(tensor.clone()).is_none(),
             Piece::Other(method) => {
                 parts.other = Some(method);
                 true
@@ -153,25 +198,38 @@ impl Pieces {
             whole,
             alpha,
             dora_scale,
+            value,
+            shape,
             ..
         } = parts;
+        if let Some(shape) = &shape {
+            self.pad(path.clone(), integers(shape)?, shape);
+        }
         let spelling = self.spelling;
         let mut push = |method: &'static dyn Method, parameters, scale| -> Result<()> {
             let module = Module::new(path.clone(), method, parameters, scale, Layer::Dense)?;
             self.adapter.modules.push(module.spelled(spelling));
             Ok(())
         };
+        let replaced = value.is_some();
+        if let Some(value) = value {
+            push(
+                &replaced::REPLACED,
+                vec![(replaced::VALUE, value)],
+                Scale::ONE,
+            )?;
+        }
         let low_rank = !factors.is_empty() || dora_scale.is_some();
         if !whole.is_empty() {
             push(&full::FULL, whole, Scale::ONE)?;
-        } else if !low_rank {
+        } else if !low_rank && !replaced && shape.is_none() {
             // An alpha alone: let the method say what is missing.
             push(&lora::LORA, factors.clone(), Scale::ONE)?;
         }
         if !low_rank {
             // Differences have no scale.
             self.adapter.unused.extend(alpha.inspect(|alpha| {
-                let text = "an alpha, which whole differences do not have";
+                let text = "an alpha, which whole differences and values do not have";
                 let notice = Notice::new(NoticeKind::Unused, text).on(&*alpha.name);
                 self.adapter.notices.push(notice);
             }));
@@ -245,6 +303,11 @@ fn one_element(tensor: &Tensor) -> Result<f64> {
         widen(float, &bytes, &mut value);
         return Ok(value[0]);
     }
+    integer(tensor, &bytes)
+}
+
+/// The value of an integer of any ordinary type.
+fn integer(tensor: &Tensor, bytes: &[u8]) -> Result<f64> {
     let mut wide = [0; 8];
     wide[..bytes.len().min(8)].copy_from_slice(&bytes[..bytes.len().min(8)]);
     let (signed, unused_bits) = (i64::from_le_bytes(wide), 64 - 8 * bytes.len().min(8) as u32);
@@ -259,6 +322,26 @@ fn one_element(tensor: &Tensor) -> Result<f64> {
             return Err(tensor.error(Reason::AdapterType { dtype }));
         }
     })
+}
+
+/// A shape: a tensor of one axis of a few integers that are not negative.
+fn integers(tensor: &Tensor) -> Result<Vec<usize>> {
+    let fail = || {
+        let problem = "a shape is one axis of up to 8 integers from 1 on".to_owned();
+        tensor.error(Reason::FactorShape { problem })
+    };
+    if tensor.shape.len() != 1 || !(1..=AXES).contains(&tensor.elements()) {
+        return Err(fail());
+    }
+    let bytes = tensor.bytes()?;
+    let sizes = bytes.chunks_exact((tensor.dtype.bitsize() / 8).max(1));
+    let size = |bytes: &[u8]| {
+        let size = integer(tensor, bytes)?;
+        // Exact in f64 as well.
+        let fits = size >= 1.0 && size < (1u64 << 53) as f64;
+        fits.then_some(size as usize).ok_or_else(fail)
+    };
+    sizes.map(size).collect()
 }
 
 /// Whether norms are those of outputs or of inputs: the axis that is not 1 tells, even where both have

@@ -3,8 +3,7 @@
 //! Each row says how its names look and where a rank can be seen. Sources: `kohya-ss/sd-scripts`
 //! (`networks/lora.py`), `huggingface/diffusers` (`loaders/lora_conversion_utils.py`),
 //! `cloneofsimo/lora` (`lora_diffusion/lora.py`), `ggml-org/llama.cpp` (`src/llama-adapter.cpp`),
-//! `XLabs-AI/x-flux`, `black-forest-labs/flux`, `microsoft/LoRA` (`loralib/layers.py`). A row becomes a
-//! file of its own when its format can be read.
+//! `microsoft/LoRA` (`loralib/layers.py`). A row becomes a file of its own when its format can be read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -101,6 +100,8 @@ const METHOD_MARKS: &[(&str, &str)] = &[
     ("lora_mid", "LoCon (Tucker)"),
     ("prompt_embeddings", "prompt tuning"),
     (".diff", "full difference"),
+    ("set_weight", "replaced weight"),
+    ("_norm.scale", "replaced weight"),
 ];
 
 /// Metadata worth showing.
@@ -184,49 +185,10 @@ pub(super) static GGUF: Spelling = Spelling {
     rank: &[(".lora_a", 0)],
 };
 
-pub(super) static XLABS: Spelling = Spelling {
-    id: "xlabs",
-    name: "XLabs FLUX",
-    recognises: |found| {
-        any(found, |name| {
-            name.contains(".processor.")
-                && (name.contains("proj_lora") || name.contains("qkv_lora"))
-        })
-    },
-    rank: DOWN,
-};
-
 pub(super) static KOHYA_DOUBLED: Spelling = Spelling {
     id: "kohya-doubled",
     name: "almost kohya (prefix written twice)",
     recognises: |found| any(found, |name| name.starts_with("lora_unet_unet_")),
-    rank: DOWN,
-};
-
-pub(super) static COMFYUI: Spelling = Spelling {
-    id: "comfyui",
-    name: "ComfyUI (original model names)",
-    recognises: |found| {
-        any(found, |name| {
-            name.starts_with("diffusion_model.") || name.starts_with("text_encoders.")
-        }) && any(found, |name| {
-            name.contains(".lora_")
-                || name.contains(".lokr_")
-                || name.contains(".hada_")
-                || name.contains(".diff")
-        })
-    },
-    rank: DOWN,
-};
-
-pub(super) static BFL_CONTROL: Spelling = Spelling {
-    id: "bfl",
-    name: "BFL control LoRA",
-    recognises: |found| {
-        any(found, |name| {
-            name.starts_with("double_blocks.") && name.contains(".lora_A.")
-        }) && any(found, |name| name.ends_with(".norm.key_norm.scale"))
-    },
     rank: DOWN,
 };
 

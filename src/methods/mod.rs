@@ -6,6 +6,13 @@ pub mod dora;
 pub mod full;
 pub mod ia3;
 pub mod lora;
+pub mod replaced;
 
 /// Every method.
-pub static METHODS: &[&dyn Method] = &[&lora::LORA, &dora::DORA, &ia3::IA3, &full::FULL];
+pub static METHODS: &[&dyn Method] = &[
+    &lora::LORA,
+    &dora::DORA,
+    &ia3::IA3,
+    &full::FULL,
+    &replaced::REPLACED,
+];

@@ -271,6 +271,11 @@ impl Resolver {
             // nn.MultiheadAttention keeps the three input projections in one parameter of its own.
             .or_else(|| whole(join(path, &format!("in_proj_{parameter}"))))
             .or_else(|| self.expert(path, parameter))
+            // FLUX's RMSNorm calls its weight `scale`.
+            .or_else(|| {
+                whole(join(path, "scale"))
+                    .filter(|_| parameter == "weight" && leaf(path).ends_with("_norm"))
+            })
             // OpenCLIP's `text_projection` is a parameter of the model.
             .or_else(|| {
                 whole(path.to_owned())

@@ -71,6 +71,9 @@ pub struct AdapterView {
     pub unused: Vec<String>,
     /// Ranges of layers that are repeated.
     pub layer_replication: Vec<(usize, usize)>,
+    /// Weights that are widened with zeros, and to which shapes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub widened: Vec<(String, Vec<usize>)>,
     /// What the files say about themselves.
     pub facts: Facts,
 }
@@ -332,6 +335,11 @@ fn view(adapter: &Adapter) -> AdapterView {
             .map(|tensor| tensor.name.clone())
             .collect(),
         layer_replication: adapter.replication.clone(),
+        widened: adapter
+            .paddings
+            .iter()
+            .map(|padding| (padding.path.clone(), padding.shape.clone()))
+            .collect(),
         facts: adapter.facts.clone(),
     };
     for module in &adapter.modules {

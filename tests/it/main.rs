@@ -20,6 +20,7 @@ mod hostile_safetensors;
 mod hostile_support;
 mod hostile_zip;
 mod kernels;
+mod key_lists;
 mod laws;
 mod lycoris;
 mod mlx;

@@ -35,6 +35,7 @@ impl Writer for Peft {
             "base_model_name_or_path".to_owned(),
             json!(draft.adapter.facts.base),
         );
+        written.lose_paddings(draft);
         let mut saved = BTreeSet::new();
         let mut biases = false;
         for replacement in &draft.adapter.replacements {

@@ -290,6 +290,7 @@ fn select(adapter: &mut Adapter, options: &Options) -> Result<()> {
         replacement.kind == ReplacementKind::BaseLayer || keep(&replacement.name)
     });
     adapter.tokens.retain(|tokens| keep(&tokens.path));
+    adapter.paddings.retain(|padding| keep(&padding.path));
     failed.map_or(Ok(()), Err)
 }
 

@@ -8,7 +8,7 @@ use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
 use crate::adapter::{
-    BiasUse, Geometry, Module, Order, Orientation, Part, Replacement, ReplacementKind,
+    BiasUse, Geometry, Module, Order, Orientation, Padding, Part, Replacement, ReplacementKind,
 };
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
@@ -18,7 +18,7 @@ use crate::naming::{Place, Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Pattern;
 use crate::printable::acts_on_a_terminal;
-use crate::tensor::{Float, Tensor};
+use crate::tensor::{Float, Tensor, elements};
 
 /// Every tensor of the output, with what happens to it.
 pub(super) struct Placed {
@@ -42,6 +42,7 @@ pub(super) fn place(options: &Options, base: &Checkpoint, adapters: &[Opened]) -
         ties.share(&mut planner.tensors);
     }
     for index in 0..adapters.len() {
+        planner.paddings(index)?;
         planner.modules(index)?;
         planner.tokens(index)?;
     }
@@ -281,6 +282,72 @@ impl<'a> Planner<'a> {
         true
     }
 
+    /// Weights that are widened with zeros, so that the adapter's modules fit them.
+    fn paddings(&mut self, index: usize) -> Result<()> {
+        let adapters = self.adapters;
+        for padding in &adapters[index].adapter.paddings {
+            if !self.is_selected(&padding.path)? {
+                continue;
+            }
+            let places = match self.resolver.resolve(&padding.path, padding.spelling) {
+                Resolution::Exact(places) | Resolution::Renamed(places) => places,
+                Resolution::Ambiguous(names) => {
+                    self.missing.ambiguous(&padding.path, &names);
+                    continue;
+                }
+                // What is to be added to it is reported.
+                Resolution::Unresolved => continue,
+            };
+            let [place] = places.as_slice() else {
+                return Err(not_padded(padding, &[]));
+            };
+            let tensor = &mut self.tensors[self.by_name[&place.tensor]];
+            if tensor.shape == padding.shape {
+                continue;
+            }
+            self.selected += 1;
+            touchable(tensor)?;
+            let fixed = self.base.writer().fixed_because().is_some();
+            if place.rows != Rows::Whole || fixed || !tensor.modules.is_empty() {
+                return Err(not_padded(padding, &tensor.shape));
+            }
+            let source = padded(&tensor.source, &padding.shape);
+            tensor.source = source?.ok_or_else(|| not_padded(padding, &tensor.shape))?;
+            let old = std::mem::replace(&mut tensor.shape, padding.shape.clone());
+            self.widened(&place.tensor, &old, &padding.shape);
+        }
+        Ok(())
+    }
+
+    /// Tells of a widened weight. The configuration of a denoiser states the inputs of its first layer, and perhaps by them alone
+    /// its outputs (diffusers, `FluxTransformer2DModel`).
+    fn widened(&mut self, name: &str, old: &[usize], new: &[usize]) {
+        let text = format!("widened with zeros from shape {old:?} to {new:?}");
+        self.notices
+            .push(Notice::new(NoticeKind::RowsDiffer, text).on(name));
+        let (Some(before), Some(after)) = (old.get(1), new.get(1)) else {
+            return;
+        };
+        let stated = self.base.configured("in_channels");
+        let is_stated =
+            matches!(stated, Some(Value::Integer(n)) if usize::try_from(*n) == Ok(*before));
+        if !name.ends_with("x_embedder.weight") || !is_stated {
+            return;
+        }
+        let mut edit = |field, value: &usize| {
+            self.edits.push(Edit {
+                field,
+                value: value.to_string(),
+                insert: true,
+            });
+        };
+        edit("in_channels", after);
+        let outputs = self.base.configured("out_channels");
+        if outputs.is_none_or(|outputs| matches!(outputs, Value::Null)) {
+            edit("out_channels", before);
+        }
+    }
+
     fn modules(&mut self, index: usize) -> Result<()> {
         let adapters = self.adapters;
         let opened = &adapters[index];
@@ -385,7 +452,13 @@ impl<'a> Planner<'a> {
             }
             self.tensors[target].modules.push(planned);
         }
-        if module.method.order() == Order::Sequential && strength != 1.0 {
+        if module.method.ignores_strength() && strength != 1.0 {
+            let text = format!(
+                "it replaces a whole weight, to which the strength {strength} does not apply"
+            );
+            let notice = Notice::new(NoticeKind::StrengthIgnored, text).on(&*module.path);
+            self.notices.push(notice);
+        } else if module.method.order() == Order::Sequential && strength != 1.0 {
             let text = format!(
                 "{} at strength {strength} interpolates between the base and the full result; PEFT scales inside the formula",
                 module.method.name()
@@ -611,6 +684,47 @@ impl Missing {
     fn ambiguous(&mut self, name: &str, names: &[String]) {
         self.ambiguous.push(format!("{name}: {}", names.join(", ")));
     }
+}
+
+/// Most bytes of a widened weight, which is kept in memory.
+const PADDED: usize = 1 << 28;
+
+/// A tensor with zeros behind it along every axis; `None` where it does not fit in or gets too large.
+fn padded(tensor: &Tensor, shape: &[usize]) -> Result<Option<Tensor>> {
+    let old = &tensor.shape;
+    let fits = old.len() == shape.len() && old.iter().zip(shape).all(|(old, new)| old <= new);
+    let size = tensor.dtype.bitsize() / 8;
+    let length = elements(shape).and_then(|count| count.checked_mul(size));
+    let (Some(length), Some(width)) = (length.filter(|l| fits && *l <= PADDED), old.last()) else {
+        return Ok(None);
+    };
+    let mut padded = vec![0; length];
+    let bytes = tensor.bytes()?;
+    for (row, bytes) in bytes.chunks_exact((width * size).max(1)).enumerate() {
+        // The place of the row in both shapes, from the last axis but one outwards.
+        let (mut row, mut at, mut stride) = (row, 0, size * shape[shape.len() - 1]);
+        for axis in (0..shape.len() - 1).rev() {
+            at += row % old[axis] * stride;
+            (row, stride) = (row / old[axis], stride * shape[axis]);
+        }
+        padded[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    Ok(Some(Tensor {
+        shape: shape.to_vec(),
+        offset: 0,
+        length: length as u64,
+        memory: Some(Arc::new(padded)),
+        made: None,
+        ..tensor.clone()
+    }))
+}
+
+fn not_padded(padding: &Padding, base: &[usize]) -> Error {
+    let reason = Reason::PaddedShape {
+        adapter: padding.shape.clone(),
+        base: base.to_vec(),
+    };
+    padding.tensor.error(reason).on(&*padding.path)
 }
 
 fn touchable(tensor: &PlannedTensor) -> Result<()> {
