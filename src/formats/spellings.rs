@@ -2,9 +2,7 @@
 //!
 //! Each row says how its names look and where a rank can be seen. Sources: `kohya-ss/sd-scripts`
 //! (`networks/lora.py`), `huggingface/diffusers` (`loaders/lora_conversion_utils.py`),
-//! `cloneofsimo/lora` (`lora_diffusion/lora.py`), `ggml-org/llama.cpp` (`src/llama-adapter.cpp`),
-//! `XLabs-AI/x-flux`, `black-forest-labs/flux`, `microsoft/LoRA` (`loralib/layers.py`). A row becomes a
-//! file of its own when its format can be read.
+//! `XLabs-AI/x-flux`, `black-forest-labs/flux`. A row becomes a file of its own when its format can be read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -135,47 +133,6 @@ pub(super) const DOWN: &[(&str, usize)] = &[
     (".lokr_w1_b", 0),
 ];
 
-pub(super) static CLONEOFSIMO: Spelling = Spelling {
-    name: "cloneofsimo",
-    recognises: |found| {
-        any(found, |name| {
-            name.contains(':') && (name.ends_with(":up") || name.ends_with(":down"))
-        })
-    },
-    rank: &[(":down", 0)],
-};
-
-/// A bare list of factors, up and down in turn, as `cloneofsimo/lora` saved them in `.pt` files.
-pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
-    name: "cloneofsimo (list without module names)",
-    recognises: |found| {
-        let tensors = &found.file.directory.tensors;
-        let pairs = tensors.len() / 2;
-        let matrix = |number: usize| {
-            let tensor = found.file.tensor(&number.to_string())?;
-            (tensor.shape.len() >= 2).then_some(tensor)
-        };
-        pairs > 0
-            && tensors.len() == 2 * pairs
-            && (0..pairs).all(|pair| match (matrix(2 * pair), matrix(2 * pair + 1)) {
-                (Some(up), Some(down)) => up.dimension(1) == down.dimension(0),
-                _ => false,
-            })
-    },
-    // The odd ones are "down".
-    rank: &[("1", 0), ("3", 0), ("5", 0), ("7", 0), ("9", 0)],
-};
-
-pub(super) static GGUF: Spelling = Spelling {
-    name: "GGUF adapter (llama.cpp)",
-    recognises: |found| {
-        found.metadata("general.type") == Some("adapter")
-            || any(found, |name| name.ends_with(".weight.lora_a"))
-                && any(found, |name| name.ends_with(".weight.lora_b"))
-    },
-    rank: &[(".lora_a", 0)],
-};
-
 pub(super) static XLABS: Spelling = Spelling {
     name: "XLabs FLUX",
     recognises: |found| {
@@ -216,29 +173,6 @@ pub(super) static BFL_CONTROL: Spelling = Spelling {
         }) && any(found, |name| name.ends_with(".norm.key_norm.scale"))
     },
     rank: DOWN,
-};
-
-pub(super) static LORALIB: Spelling = Spelling {
-    name: "loralib",
-    recognises: |found| {
-        any(found, |name| name.ends_with(".lora_A")) && any(found, |name| name.ends_with(".lora_B"))
-    },
-    rank: DOWN,
-};
-
-pub(super) static TEXTUAL_INVERSION: Spelling = Spelling {
-    name: "textual inversion",
-    recognises: |found| {
-        any(found, |name| {
-            name == "emb_params"
-                || name == "string_to_param"
-                || name.starts_with("string_to_param.")
-                || name.starts_with('<')
-                || name == "clip_l"
-                || name == "clip_g"
-        }) && found.file.directory.tensors.len() <= 16
-    },
-    rank: &[],
 };
 
 pub(super) static HOME_MADE: Spelling = Spelling {

@@ -19,6 +19,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 fn read_folder(folder: &Path, allowed: &[&str]) -> Result<Adapter> {
     let options = ReadOptions {
         allow_unknown_config: allowed.iter().map(|name| (*name).to_owned()).collect(),
+        ..ReadOptions::default()
     };
     let folder = folder.to_owned();
     within_a_second(move || Found::open(&folder)?.read(&options))

@@ -21,6 +21,7 @@ mod hostile_support;
 mod hostile_zip;
 mod kernels;
 mod laws;
+mod llm_formats;
 mod lycoris;
 mod mlx;
 mod names;
