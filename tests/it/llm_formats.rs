@@ -349,10 +349,16 @@ fn a_gguf_adapter_merges_like_the_same_numbers_of_peft() {
         let random = &mut Random(5);
         let (layer, embedding) = (matrix(random, 4, INPUTS), matrix(random, 5, INPUTS));
         let weights = ["blk.0.attn_v.weight", "token_embd.weight"];
+        // Without it the embedding would be the output as well.
+        let output = matrix(random, 5, INPUTS);
         write_base(
             &room.path("base"),
             None,
-            &[(weights[0], layer), (weights[1], embedding)],
+            &[
+                (weights[0], layer),
+                (weights[1], embedding),
+                ("output.weight", output),
+            ],
         );
         let (down, up) = (matrix(random, RANK, INPUTS), matrix(random, 4, RANK));
         let (tokens, width) = (matrix(random, RANK, 5), matrix(random, INPUTS, RANK));
@@ -392,6 +398,56 @@ fn a_gguf_adapter_merges_like_the_same_numbers_of_peft() {
             assert_eq!(found.bytes, expected.bytes, "{weight} {alpha:?}");
         }
     }
+}
+
+#[test]
+fn rotary_pairs_of_a_gguf_adapter_land_on_the_halves_of_the_hub() {
+    let room = Room::new();
+    let random = &mut Random(3);
+    let (heads, size) = (2, 4);
+    let weight = "model.layers.0.self_attn.q_proj.weight";
+    let config = serde_json::json!({
+        "model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": heads
+    });
+    let base = matrix(random, heads * size, heads * size);
+    write_base(&room.path("base"), Some(&config), &[(weight, base)]);
+    let down = matrix(random, RANK, heads * size);
+    let up = matrix(random, heads * size, RANK);
+    write_adapter(
+        &room.path("peft"),
+        &peft(RANK, ALPHA),
+        &[
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                down.clone(),
+            ),
+            (
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+                up.clone(),
+            ),
+        ],
+    );
+    // Row (head, half, place) of the hub is row (head, place, half) here.
+    let line = RANK * 4;
+    let row = |to: usize| {
+        let (head, place, half) = (to / size, to % size / 2, to % 2);
+        head * size + half * size / 2 + place
+    };
+    let lines = (0..heads * size).flat_map(|to| up.bytes[row(to) * line..][..line].to_vec());
+    let pairs = Stored {
+        bytes: lines.collect(),
+        ..up.clone()
+    };
+    let adapter = room.path("adapter.gguf");
+    let factors = [
+        ("blk.0.attn_q.weight.lora_a", &down),
+        ("blk.0.attn_q.weight.lora_b", &pairs),
+    ];
+    write_gguf(&adapter, ADAPTER, Some(ALPHA as f32), &factors);
+    let base = room.path("base");
+    let expected = merged(&base, &room.path("peft"), &room.path("1"), None, weight);
+    let found = merged(&base, &adapter, &room.path("2"), None, weight);
+    assert_eq!(found.bytes, expected.bytes);
 }
 
 #[test]
