@@ -244,12 +244,18 @@ fn parts_of_a_merged_linear_land_on_their_rows() {
         weight,
     );
     assert_eq!(found.bytes, numbers.expected.bytes);
+    let refused = |config: &serde_json::Value, factors: &[(&str, Stored)]| {
+        write_adapter(&room.path("b"), config, factors);
+        let read = Found::open(&room.path("b"))
+            .unwrap()
+            .read(&ReadOptions::default());
+        assert_reason!(read.unwrap_err(), Reason::FactorShape { .. });
+    };
+    let mut flat = factors.clone();
+    flat[1].1.shape.pop();
+    refused(&config, &flat);
     config["enable_lora"] = serde_json::json!([true, true, true]);
-    write_adapter(&room.path("b"), &config, &factors);
-    let error = Found::open(&room.path("b"))
-        .unwrap()
-        .read(&ReadOptions::default());
-    assert_reason!(error.unwrap_err(), Reason::FactorShape { .. });
+    refused(&config, &factors);
 }
 
 const HEADS: &str = "name: tiny\nn_head: 2\nn_query_groups: 1\nhead_size: 2\n";

@@ -332,7 +332,8 @@ impl<'a> Reader<'a> {
                 continue;
             }
             let (rows, grouped) = (up.dimension(0), up.dimension(1));
-            if rows % count != 0 || grouped.checked_mul(count) != rank {
+            let fits = up.shape.len() == 3 && rows.is_multiple_of(count);
+            if !fits || grouped.checked_mul(count) != rank {
                 let problem = format!(
                     "factors of rank {grouped} in {:?} and {} in all are not those of {count} parts (`enable_lora`)",
                     up.shape,
