@@ -206,6 +206,9 @@ reasons! {
         PickleInstruction { code: u8, at: usize } => "the pickle holds the instruction {code:#04x} at byte {at}, which no torch checkpoint needs",
         Stored { problem: String } => "{problem}",
         ScaleMissing => "no file says the scale of this adapter (`lora_parameters.scale`)",
+        AlphaMissing => "no file says the alpha of this adapter, and so not its scale",
+        Ordinals => "its factors are numbered in the order in which a training script met the layers; which layers these are no file says",
+        InputVectors { what: String } => "{what} holds vectors for the input rather than a change of weights: there is nothing to merge",
         QuantisedTensors { count: usize } => "{count} tensors are quantised by blocks, which an adapter cannot be",
         Format { name: &'static str } => "this adapter is spelled as {name}, which can be inspected but not merged yet",
         FormatUnknown => "the spelling of this adapter is not recognised",
@@ -410,6 +413,13 @@ impl Reason {
             Reason::NotACheckpoint => "remove the folder yourself, or name another output",
             Reason::ScaleMissing => {
                 "if you know the scale, write it into an `adapter_config.json` beside the weights: {\"lora_parameters\": {\"scale\": 20.0}}; the scripts of MLX used 20.0, the oldest 2.0"
+            }
+            Reason::AlphaMissing => "if you know it, state it with --adapter-alpha",
+            Reason::Ordinals => {
+                "convert it with the version of the tool that wrote it; a table of the layers in its order would be needed here"
+            }
+            Reason::InputVectors { .. } => {
+                "load it beside the model, in the tool that runs the model"
             }
             Reason::SeveralVariants { .. } => {
                 "name one with --variant; `default` is the one without a name"

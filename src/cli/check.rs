@@ -1,7 +1,6 @@
 //! `loratool check`
 
 use clap::Args;
-use loratool::formats::ReadOptions;
 use loratool::ops::check::check;
 use loratool::printable;
 
@@ -31,9 +30,7 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> Outcome {
-        let options = ReadOptions {
-            allow_unknown_config: self.common.allow_unknown_config,
-        };
+        let options = self.common.reading();
         let verdict = check(&self.path, self.base.as_deref(), &options);
         if self.common.json {
             render::json(&verdict);

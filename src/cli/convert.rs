@@ -1,7 +1,6 @@
 //! `loratool convert`
 
 use clap::{Args, ValueEnum};
-use loratool::formats::ReadOptions;
 use loratool::ops::convert::{self, Names, Options, Report, plan};
 use loratool::ops::merge::Control;
 use loratool::printable;
@@ -95,9 +94,7 @@ impl Convert {
             only: self.only.clone(),
             skip: self.skip.clone(),
             force: self.force,
-            read: ReadOptions {
-                allow_unknown_config: self.common.allow_unknown_config.clone(),
-            },
+            read: self.common.reading(),
         };
         convert::format(&self.to)?;
         let plan = plan(&options)?;

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use loratool::adapter::Scale;
-use loratool::formats::ReadOptions;
 use loratool::ops::inspect::{AdapterView, Inspection, inspect};
 
 use super::render::{self, Fields, Stderr, bytes, counts, folded, grouped};
@@ -25,9 +24,7 @@ pub(super) struct Inspect {
 
 impl Inspect {
     pub(super) fn run(self) -> Outcome {
-        let options = ReadOptions {
-            allow_unknown_config: self.common.allow_unknown_config,
-        };
+        let options = self.common.reading();
         let inspection = inspect(&self.path, &options)?;
         if self.common.json {
             render::json(&inspection);

@@ -5,7 +5,6 @@ use std::io::IsTerminal;
 use clap::{ArgMatches, Args};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loratool::checkpoint::Variant;
-use loratool::formats::ReadOptions;
 use loratool::ops::merge::{Control, Options, Report, Selection, plan};
 use loratool::{Error, Reason};
 
@@ -125,9 +124,7 @@ impl Merge {
             threads: self.threads.map(usize::from),
             allow_unmatched: self.allow_unmatched,
             allow_nonfinite: self.allow_nonfinite,
-            read: ReadOptions {
-                allow_unknown_config: self.common.allow_unknown_config.clone(),
-            },
+            read: self.common.reading(),
             kernel: std::env::var(KERNEL).ok().filter(|name| !name.is_empty()),
         })
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use loratool::Error;
+use loratool::formats::ReadOptions;
 use loratool::tensor::Float;
 
 mod check;
@@ -78,6 +79,19 @@ struct Common {
     /// Accept this configuration field although it is unknown (repeatable)
     #[arg(long, value_name = "NAME")]
     allow_unknown_config: Vec<String>,
+    /// Alpha of adapters whose files do not state it (loralib, LitGPT without its settings)
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
+    adapter_alpha: Option<f64>,
+}
+
+impl Common {
+    /// How adapters are read.
+    fn reading(&self) -> ReadOptions {
+        ReadOptions {
+            allow_unknown_config: self.allow_unknown_config.clone(),
+            alpha: self.adapter_alpha,
+        }
+    }
 }
 
 /// Runs the command line and never panics through.

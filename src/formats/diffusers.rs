@@ -144,6 +144,7 @@ impl Format for Diffusers {
                 Some((_, configuration)) => Ok(Told {
                     scale: Some(configuration.scale(rest)?),
                     dora: configuration.dora(),
+                    ..Told::default()
                 }),
             }
         })

@@ -11,17 +11,26 @@ use crate::error::{Error, Reason, Result};
 use crate::json::{Document, Value};
 use crate::mapped::{Input, is_there};
 
+mod adapterhub;
 mod bfl;
+mod blocks;
 mod diffusers;
 mod dotted;
 mod draft;
+mod gguf;
 mod kohya;
+mod litgpt;
+mod loralib;
 mod mlx;
 mod onetrainer;
 mod peft;
 mod pieces;
+mod simo;
 mod spellings;
+mod textual_inversion;
+mod torchtune;
 mod xlabs;
+mod yaml;
 
 pub use draft::{Draft, Loss, Named, Writer, Written};
 pub use spellings::Summary;
@@ -55,10 +64,12 @@ pub trait Format: Sync {
 
 /// Every format, in the order they are asked.
 pub static FORMATS: &[&dyn Format] = &[
+    &torchtune::Torchtune,
     &peft::Peft,
-    &spellings::CLONEOFSIMO,
-    &spellings::CLONEOFSIMO_LIST,
-    &spellings::GGUF,
+    &adapterhub::AdapterHub,
+    &simo::Numbered,
+    &simo::Listed,
+    &gguf::Gguf,
     &mlx::Mlx,
     &xlabs::XLabs,
     &dotted::AI_TOOLKIT,
@@ -71,8 +82,9 @@ pub static FORMATS: &[&dyn Format] = &[
     &dotted::OMI,
     &diffusers::NEW,
     &bfl::Bfl,
-    &spellings::LORALIB,
-    &spellings::TEXTUAL_INVERSION,
+    &litgpt::Litgpt,
+    &loralib::Loralib,
+    &textual_inversion::TextualInversion,
     &spellings::HOME_MADE,
 ];
 
@@ -81,6 +93,22 @@ pub static FORMATS: &[&dyn Format] = &[
 pub struct ReadOptions {
     /// Configuration fields that are accepted although they are unknown.
     pub allow_unknown_config: Vec<String>,
+    /// The numerator of the scale of adapters whose files do not state it.
+    pub alpha: Option<f64>,
+}
+
+impl ReadOptions {
+    /// The alpha that the caller states, where no file does.
+    fn alpha(&self) -> Result<f64> {
+        match self.alpha {
+            Some(alpha) if alpha.is_finite() => Ok(alpha),
+            Some(alpha) => {
+                let value = alpha.to_string();
+                Err(Error::new(Reason::AlphaNotFinite { value }))
+            }
+            None => Err(Error::new(Reason::AlphaMissing)),
+        }
+    }
 }
 
 /// The files of an adapter, open but not yet understood.
@@ -91,6 +119,8 @@ pub struct Found {
     pub file: TensorFile,
     /// The configuration beside it.
     pub config: Option<Document>,
+    /// Settings that LitGPT writes beside its factors.
+    settings: Vec<yaml::Settings>,
     /// The folder that holds both.
     pub folder: PathBuf,
 }
@@ -105,6 +135,10 @@ const WEIGHTS: &[&str] = &[
     "pytorch_lora_weights.safetensors",
     "adapters.safetensors",
     "adapters.npz",
+    "adapter_model.pt",
+    "lit_model.pth.lora",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
 ];
 
 /// Most values of a configuration.
@@ -135,10 +169,21 @@ impl Found {
         if file.directory.tensors.is_empty() {
             return Err(Error::new(Reason::NoTensors).in_file(weights));
         }
+        let fused = |tensor: &crate::tensor::Tensor| tensor.name.ends_with(".lora_A");
+        let settings = match file.directory.tensors.iter().any(fused) {
+            true => litgpt::SETTINGS.iter(),
+            false => [].iter(),
+        };
+        let settings = settings
+            .map(|name| folder.join(name))
+            .filter(|path| is_there(path))
+            .map(|path| yaml::Settings::read(&path))
+            .collect::<Result<_>>()?;
         Ok(Found {
             path: path.to_owned(),
             file,
             config,
+            settings,
             folder,
         })
     }
@@ -181,7 +226,9 @@ impl Found {
 
     /// Every open file.
     pub fn inputs(&self) -> impl Iterator<Item = &Arc<Input>> {
-        std::iter::once(&self.file.input).chain(self.config.iter().map(|config| &config.input))
+        std::iter::once(&self.file.input)
+            .chain(self.config.iter().map(|config| &config.input))
+            .chain(self.settings.iter().map(|settings| &settings.input))
     }
 
     /// The names of the tensors.
@@ -200,6 +247,11 @@ impl Found {
             .iter()
             .find(|(name, _)| name == key)
             .map(|(_, value)| value.as_str())
+    }
+
+    /// A value of the settings of LitGPT.
+    pub(crate) fn settings(&self, key: &str) -> Option<&str> {
+        self.settings.iter().find_map(|settings| settings.get(key))
     }
 
     /// A configuration value.
@@ -225,7 +277,17 @@ fn weights_in(folder: &Path) -> Result<PathBuf> {
                 .extension()
                 .and_then(|extension| extension.to_str())
                 .unwrap_or("");
-            ["safetensors", "bin", "pt", "pth", "ckpt", "npz", "gguf"].contains(&extension)
+            [
+                "safetensors",
+                "bin",
+                "pt",
+                "pth",
+                "ckpt",
+                "npz",
+                "gguf",
+                "lora",
+            ]
+            .contains(&extension)
         })
         .collect();
     found.sort();

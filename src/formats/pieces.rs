@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Found, Summary};
-use crate::adapter::{Adapter, Facts, Layer, Method, Module, Padding, Role, Scale};
+use crate::adapter::{Adapter, Facts, Layer, Method, Module, Padding, Replacement, Role, Scale};
 use crate::error::{Error, Reason, Result};
 use crate::methods::{dora, full, lora, replaced};
 use crate::naming::Spelling;
@@ -73,7 +73,12 @@ struct Parts {
 #[derive(Default)]
 pub(super) struct Told {
     pub(super) scale: Option<Scale>,
+    /// The numerator of the scale, over the rank of the tensors; the rank itself where there is none.
+    pub(super) alpha: Option<f64>,
+    /// How many factors the down factor of a fused layer holds, each of the rank that counts.
+    pub(super) parts: usize,
     pub(super) dora: bool,
+    pub(super) embedding: bool,
 }
 
 impl Pieces {
@@ -114,6 +119,11 @@ impl Pieces {
     /// What is odd.
     pub(super) fn notices(&mut self, notices: impl IntoIterator<Item = Notice>) {
         self.adapter.notices.extend(notices);
+    }
+
+    /// A whole tensor in place of the base's.
+    pub(super) fn replace(&mut self, replacement: Replacement) {
+        self.adapter.replacements.push(replacement);
     }
 
     /// A tensor of a module.
@@ -237,8 +247,9 @@ impl Pieces {
         }
         let get = |role| factors.iter().find(|(known, _)| *known == role);
         let rank = get(lora::DOWN).map(|(_, down)| down.dimension(0));
-        let Told { scale, dora } = told(&path)?;
-        let scale = match (alpha, scale, rank) {
+        let told = told(&path)?;
+        let rank = rank.map(|rank| rank / told.parts.max(1));
+        let scale = match (alpha, told.scale, rank) {
             (Some(alpha), Some(_), _) => {
                 let problem = "both the file's metadata and a tensor state its alpha".to_owned();
                 return Err(alpha.error(Reason::FieldValue { problem }));
@@ -249,7 +260,7 @@ impl Pieces {
             }
             (Some(alpha), None, Some(rank)) => Scale::of(self.alpha(&alpha)?, rank, false),
             (None, Some(scale), _) => scale,
-            (None, None, Some(rank)) => Scale::of(rank as f64, rank, false),
+            (None, None, Some(rank)) => Scale::of(told.alpha.unwrap_or(rank as f64), rank, false),
             (_, None, None) => Scale::ONE, // the method will miss the factor
         };
         if let Some(norms) = dora_scale {
@@ -259,11 +270,15 @@ impl Pieces {
         let has_norms = [dora::MAGNITUDE, dora::INPUT_MAGNITUDE]
             .iter()
             .any(|role| factors.iter().any(|(known, _)| known == role));
-        let method: &'static dyn Method = match dora || has_norms {
+        let method: &'static dyn Method = match told.dora || has_norms {
             true => &dora::DORA,
             false => &lora::LORA,
         };
-        let module = Module::new(path, method, factors, scale, Layer::Dense)?;
+        let layer = match told.embedding {
+            true => Layer::Embedding,
+            false => Layer::Dense,
+        };
+        let module = Module::new(path, method, factors, scale, layer)?;
         self.adapter.modules.push(module.spelled(spelling));
         Ok(())
     }

@@ -1,9 +1,8 @@
 //! Spellings that can be recognised and described, but not read yet.
 //!
 //! Each row says how its names look and where a rank can be seen. Sources: `kohya-ss/sd-scripts`
-//! (`networks/lora.py`), `huggingface/diffusers` (`loaders/lora_conversion_utils.py`),
-//! `cloneofsimo/lora` (`lora_diffusion/lora.py`), `ggml-org/llama.cpp` (`src/llama-adapter.cpp`),
-//! `microsoft/LoRA` (`loralib/layers.py`). A row becomes a file of its own when its format can be read.
+//! (`networks/lora.py`), `huggingface/diffusers` (`loaders/lora_conversion_utils.py`). A row becomes a file of
+//! its own when its format can be read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -141,80 +140,11 @@ pub(super) const DOWN: &[(&str, usize)] = &[
     (".lokr_w1_b", 0),
 ];
 
-pub(super) static CLONEOFSIMO: Spelling = Spelling {
-    id: "simo",
-    name: "cloneofsimo",
-    recognises: |found| {
-        any(found, |name| {
-            name.contains(':') && (name.ends_with(":up") || name.ends_with(":down"))
-        })
-    },
-    rank: &[(":down", 0)],
-};
-
-/// A bare list of factors, up and down in turn, as `cloneofsimo/lora` saved them in `.pt` files.
-pub(super) static CLONEOFSIMO_LIST: Spelling = Spelling {
-    id: "simo-list",
-    name: "cloneofsimo (list without module names)",
-    recognises: |found| {
-        let tensors = &found.file.directory.tensors;
-        let pairs = tensors.len() / 2;
-        let matrix = |number: usize| {
-            let tensor = found.file.tensor(&number.to_string())?;
-            (tensor.shape.len() >= 2).then_some(tensor)
-        };
-        pairs > 0
-            && tensors.len() == 2 * pairs
-            && (0..pairs).all(|pair| match (matrix(2 * pair), matrix(2 * pair + 1)) {
-                (Some(up), Some(down)) => up.dimension(1) == down.dimension(0),
-                _ => false,
-            })
-    },
-    // The odd ones are "down".
-    rank: &[("1", 0), ("3", 0), ("5", 0), ("7", 0), ("9", 0)],
-};
-
-pub(super) static GGUF: Spelling = Spelling {
-    id: "gguf",
-    name: "GGUF adapter (llama.cpp)",
-    recognises: |found| {
-        found.metadata("general.type") == Some("adapter")
-            || any(found, |name| name.ends_with(".weight.lora_a"))
-                && any(found, |name| name.ends_with(".weight.lora_b"))
-    },
-    rank: &[(".lora_a", 0)],
-};
-
 pub(super) static KOHYA_DOUBLED: Spelling = Spelling {
     id: "kohya-doubled",
     name: "almost kohya (prefix written twice)",
     recognises: |found| any(found, |name| name.starts_with("lora_unet_unet_")),
     rank: DOWN,
-};
-
-pub(super) static LORALIB: Spelling = Spelling {
-    id: "loralib",
-    name: "loralib",
-    recognises: |found| {
-        any(found, |name| name.ends_with(".lora_A")) && any(found, |name| name.ends_with(".lora_B"))
-    },
-    rank: DOWN,
-};
-
-pub(super) static TEXTUAL_INVERSION: Spelling = Spelling {
-    id: "textual-inversion",
-    name: "textual inversion",
-    recognises: |found| {
-        any(found, |name| {
-            name == "emb_params"
-                || name == "string_to_param"
-                || name.starts_with("string_to_param.")
-                || name.starts_with('<')
-                || name == "clip_l"
-                || name == "clip_g"
-        }) && found.file.directory.tensors.len() <= 16
-    },
-    rank: &[],
 };
 
 pub(super) static HOME_MADE: Spelling = Spelling {

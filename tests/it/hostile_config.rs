@@ -19,6 +19,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 fn read_folder(folder: &Path, allowed: &[&str]) -> Result<Adapter> {
     let options = ReadOptions {
         allow_unknown_config: allowed.iter().map(|name| (*name).to_owned()).collect(),
+        ..ReadOptions::default()
     };
     let folder = folder.to_owned();
     within_a_second(move || Found::open(&folder)?.read(&options))
@@ -90,7 +91,6 @@ fn each_field_that_cannot_be_merged_is_refused_by_name_and_harmless_when_vacant(
             r#"["experts.gate_up_proj"]"#,
             "bare parameters",
         ),
-        ("enable_lora", "[true, false]", "MergedLinear"),
     ];
     for (name, value, words) in cases {
         let error = refused(with(&format!("\"{name}\": {value}")));
@@ -274,10 +274,16 @@ fn flags_and_lists_of_another_type_are_refused() {
 fn another_bias_and_another_method_are_refused_by_name() {
     let error = refused(with("\"bias\": \"some\""));
     assert_reason!(error, Reason::ConfigField { field, .. } if field == "bias");
-    for method in ["LOHA", "VERA", "lora", "PROMPT_TUNING", ""] {
+    for method in ["LOHA", "VERA", "lora", ""] {
         let error = refused(with(&format!("\"peft_type\": \"{method}\"")));
         assert_reason!(error, Reason::Method { name } if name == method);
         assert_eq!(error.item(), Some("peft_type"));
+    }
+    let error = refused(with("\"peft_type\": \"PROMPT_TUNING\""));
+    assert_reason!(error, Reason::InputVectors { what } if what == "PROMPT_TUNING");
+    for value in ["true", "[1]", "[false, false]"] {
+        let error = refused(with(&format!("\"enable_lora\": {value}")));
+        assert_reason!(error, Reason::FieldType { .. });
     }
 }
 

@@ -387,9 +387,9 @@ fn what_the_gguf_package_wrote_is_read_and_refused_when_it_is_cut() {
         assert_eq!(found.container, "GGUF");
         if name == "adapter" {
             assert_eq!(found.format.as_deref(), Some("GGUF adapter (llama.cpp)"));
-            let summary = found.summary.unwrap();
-            assert_eq!(summary.ranks.into_iter().collect::<Vec<_>>(), [(2, 2)]);
-            assert_eq!(summary.facts["adapter.lora.alpha"], "16");
+            let adapter = found.adapter.unwrap();
+            assert_eq!(adapter.ranks.into_iter().collect::<Vec<_>>(), [(2, 2)]);
+            assert_eq!(adapter.facts.other["adapter.lora.alpha"], "16");
         } else {
             // As fixtures/make_gguf.py counts: 0, 1, 2 … in rows of four.
             let file = TensorFile::open(&path).unwrap();

@@ -22,6 +22,7 @@ mod hostile_zip;
 mod kernels;
 mod key_lists;
 mod laws;
+mod llm_formats;
 mod lycoris;
 mod mlx;
 mod names;

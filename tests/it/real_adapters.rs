@@ -56,6 +56,7 @@ const READ: &[(&str, usize, &[usize], f64, &str)] = &[
     ("peft-tinyllama-bin", 44, &[4], 8.0, ""),
     ("peft-vit-fc", 36, &[8], 2.0, ""),
     ("peft-whisper-small", 72, &[8], 4.0, ""),
+    ("peft02-bloom560m-mergedlinear", 24, &[16], 2.0, ""),
 ];
 
 #[test]
@@ -109,7 +110,6 @@ fn other_spellings_are_named_and_described() {
             48,
             4,
         ),
-        ("peft02-bloom560m-mergedlinear", "PEFT", 24, 16),
         ("mlx-npz-7b-16layers-r4", "MLX", 32, 4),
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),
     ] {
@@ -147,12 +147,59 @@ fn other_spellings_are_named_and_described() {
     }
     for (name, word) in [
         ("peft-bloomz-prompt-tuning", "PROMPT_TUNING"),
-        ("peft02-bloom560m-mergedlinear", "enable_lora"),
+        ("loralib-roberta-mnli", "alpha"),
+        ("simo-disney-pti", "numbered"),
+        ("ti-sd-birb-bin", "nothing to merge"),
     ] {
         let Some(found) = described(name) else { return };
         let problem = found.problem.expect(name);
         assert!(problem.text.contains(word), "{name}: {}", problem.text);
     }
+}
+
+#[test]
+fn tokens_and_prompts_are_described_by_number_and_width() {
+    for (name, fact, text) in [
+        (
+            "ti-sd-birb-bin",
+            "token <birb-style>",
+            "vectors: 1, of width 768",
+        ),
+        (
+            "ti-st-test-embedding",
+            "token emb_params",
+            "vectors: 5, of width 768",
+        ),
+        ("simo-disney-pti", "token <s2>", "vectors: 1, of width 768"),
+        (
+            "peft-bloomz-prompt-tuning",
+            "prompt_embeddings",
+            "vectors: 32, of width 1024",
+        ),
+    ] {
+        let Some(found) = described(name) else { return };
+        assert_eq!(found.summary.unwrap().facts[fact], text, "{name}");
+    }
+}
+
+#[test]
+fn loralib_is_read_with_the_alpha_of_its_script() {
+    let Some(folder) = folder() else { return };
+    let options = ReadOptions {
+        alpha: Some(16.0),
+        ..ReadOptions::default()
+    };
+    let found = inspect(&folder.join("loralib-roberta-mnli"), &options).unwrap();
+    let adapter = found.adapter.unwrap();
+    assert_eq!(adapter.modules.len(), 24);
+    assert_eq!(adapter.modules[0].scale.value, 2.0);
+    let names: Vec<&str> = adapter
+        .replacements
+        .iter()
+        .map(|r| r.name.as_str())
+        .collect();
+    assert_eq!(names.len(), 4);
+    assert!(names.contains(&"classifier.out_proj.weight"), "{names:?}");
 }
 
 #[test]

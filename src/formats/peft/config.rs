@@ -21,6 +21,8 @@ pub(super) struct Settings {
     /// VeLoRA or MonteCLoRA, which leave training state in the file.
     pub(super) training_state: bool,
     pub(super) replication: Vec<(usize, usize)>,
+    /// Which parts of fused layers are adapted (the `MergedLinear` of PEFT 0.2); none elsewhere.
+    pub(super) merged: Vec<bool>,
     pub(super) notices: Vec<Notice>,
     rank: usize,
     alpha: f64,
@@ -60,6 +62,7 @@ const FIELDS: &[(&str, Effect)] = &[
     ("init_lora_weights", Effect::Read),
     ("feedforward_modules", Effect::Read),
     ("task_type", Effect::Read),
+    ("enable_lora", Effect::Read),
     ("velora_config", Effect::Read),
     ("monteclora_config", Effect::Read),
     // Which modules were adapted is told by the keys themselves.
@@ -111,10 +114,16 @@ const FIELDS: &[(&str, Effect)] = &[
         "target_parameters",
         Effect::Refuse("adapters on bare parameters are not supported yet"),
     ),
-    (
-        "enable_lora",
-        Effect::Refuse("the MergedLinear of PEFT 0.2 is not supported yet"),
-    ),
+];
+
+/// Values of `peft_type` that put learned vectors before the input or into the attention.
+pub(super) const INPUT_VECTORS: &[&str] = &[
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CARTRIDGE",
+    "CPT",
 ];
 
 /// Values of `init_lora_weights` that leave the base alone.
@@ -150,10 +159,12 @@ impl Settings {
             .iter()
             .find(|tuner| tuner.name == kind && tuner.dora == dora)
             .ok_or_else(|| {
-                Error::new(Reason::Method {
-                    name: kind.to_owned(),
-                })
-                .on("peft_type")
+                let name = kind.to_owned();
+                let reason = match INPUT_VECTORS.contains(&kind) {
+                    true => Reason::InputVectors { what: name },
+                    false => Reason::Method { name },
+                };
+                Error::new(reason).on("peft_type")
             })?;
         let notices = check_fields(object, allowed)?;
         let flag = |name| flag(object, name);
@@ -182,6 +193,7 @@ impl Settings {
             ensure_weight_tying: flag("ensure_weight_tying")?,
             training_state: !vacant("velora_config") || !vacant("monteclora_config"),
             replication: replication(object)?,
+            merged: merged(object)?,
             notices,
             rank,
             alpha,
@@ -399,6 +411,24 @@ fn replication(object: &Object) -> Result<Vec<(usize, usize)>> {
         }
     }
     Ok(pairs)
+}
+
+fn merged(object: &Object) -> Result<Vec<bool>> {
+    let fail = || wrong("enable_lora", "a list of true and false");
+    let values = match object.get("enable_lora") {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Array(values)) => values,
+        Some(_) => return Err(fail()),
+    };
+    let flag = |value: &Value| match value {
+        Value::Bool(flag) => Ok(*flag),
+        _ => Err(fail()),
+    };
+    let flags: Vec<bool> = values.iter().map(flag).collect::<Result<_>>()?;
+    match flags.is_empty() || flags.contains(&true) {
+        true => Ok(flags),
+        false => Err(fail()),
+    }
 }
 
 fn saved(object: &Object) -> Result<Vec<String>> {

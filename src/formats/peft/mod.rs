@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
+use super::blocks::block_diagonal;
 use super::draft::Writer;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -15,6 +16,7 @@ use crate::adapter::{
 };
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
+use crate::methods::lora;
 use crate::naming::path;
 use crate::notice::{Notice, NoticeKind};
 use crate::printable::acts_on_a_terminal;
@@ -71,6 +73,14 @@ impl Format for Peft {
         let mut summary = summarise(found, &rank);
         if let Some(kind) = found.configured("peft_type").and_then(Value::as_str) {
             summary.facts.insert("peft_type".into(), kind.into());
+            if let Some([count, width]) = found
+                .file
+                .tensor("prompt_embeddings")
+                .map(|tensor| &*tensor.shape)
+            {
+                let text = format!("vectors: {count}, of width {width}");
+                summary.facts.insert("prompt_embeddings".into(), text);
+            }
         }
         summary
     }
@@ -257,7 +267,10 @@ impl<'a> Reader<'a> {
         });
     }
 
-    fn module(&mut self, path: String, parts: Parts) -> Result<Module> {
+    fn module(&mut self, path: String, mut parts: Parts) -> Result<Module> {
+        if !self.settings.merged.is_empty() {
+            self.unmerge(&mut parts)?;
+        }
         let Tuner { method, scaled, .. } = *self.settings.tuner;
         let layer = if parts.embedding {
             Layer::Embedding
@@ -290,7 +303,7 @@ impl<'a> Reader<'a> {
             return Err(module.error(reason));
         }
         if let (Some(stored), Some(configured)) = (method.rank(&module), scale.rank)
-            && stored != configured
+            && stored != configured * self.merged_parts()
         {
             self.notice(
                 Notice::new(
@@ -306,6 +319,43 @@ impl<'a> Reader<'a> {
             );
         }
         Ok(module)
+    }
+
+    /// How many factors the down factor of a module holds.
+    fn merged_parts(&self) -> usize {
+        let adapted = self.settings.merged.iter().filter(|adapted| **adapted);
+        adapted.count().max(1)
+    }
+
+    /// Writes the factors of a `MergedLinear` as those of one layer (PEFT 0.2, `src/peft/tuners/lora.py`): A holds
+    /// the factors of the adapted parts one below the other, B is the weight of a convolution with as many
+    /// groups, and the parts are equal shares of the outputs (`zero_pad`).
+    fn unmerge(&self, parts: &mut Parts) -> Result<()> {
+        let count = self.merged_parts();
+        let down = parts
+            .parameters
+            .iter()
+            .find(|(role, _)| *role == lora::DOWN);
+        let rank = down.map(|(_, down)| down.dimension(0));
+        for (role, up) in &mut parts.parameters {
+            if *role != lora::UP {
+                continue;
+            }
+            let (rows, grouped) = (up.dimension(0), up.dimension(1));
+            let fits = up.shape.len() == 3 && rows.is_multiple_of(count);
+            if !fits || grouped.checked_mul(count) != rank {
+                let problem = format!(
+                    "factors of rank {grouped} in {:?} and {} in all are not those of {count} parts (`enable_lora`)",
+                    up.shape,
+                    rank.unwrap_or(0)
+                );
+                return Err(up.error(Reason::FactorShape { problem }));
+            }
+            let adapted = self.settings.merged.iter();
+            let shares: Vec<_> = adapted.map(|adapted| (rows / count, *adapted)).collect();
+            *up = block_diagonal(up, &shares)?;
+        }
+        Ok(())
     }
 
     fn notice(&mut self, notice: Notice) {

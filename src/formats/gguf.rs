@@ -1,0 +1,120 @@
+//! Adapters of llama.cpp: `blk.0.attn_q.weight.lora_a` and `.lora_b` in a GGUF file.
+//!
+//! Sources: `ggml-org/llama.cpp`, `src/llama-adapter.cpp` (`llama_adapter_lora_init_impl`), `src/llama-adapter.h`
+//! (`get_scale`) and `convert_lora_to_gguf.py`. The scale is α over the rank of the tensor itself, and 1 where α
+//! is zero or missing. `lora_a` of the token embedding is stored transposed. Names and the order of rows are
+//! those of the weights in GGUF.
+
+use super::blocks::transposed;
+use super::pieces::{Piece, Pieces, Told, facts};
+use super::spellings::summarise;
+use super::{Format, Found, ReadOptions, Summary};
+use crate::adapter::{Adapter, Scale};
+use crate::error::{Error, Reason, Result};
+use crate::methods::lora;
+use crate::naming::Spelling;
+
+/// The format.
+pub(super) struct Gguf;
+
+const ALPHA: &str = "adapter.lora.alpha";
+const INVOCATION: &str = "adapter.alora.invocation_tokens";
+const EMBEDDING: &str = "token_embd";
+
+impl Format for Gguf {
+    fn id(&self) -> &'static str {
+        "gguf"
+    }
+
+    fn name(&self) -> &'static str {
+        "GGUF adapter (llama.cpp)"
+    }
+
+    fn recognises(&self, found: &Found) -> bool {
+        let ends = |end: &str| found.names().any(|name| name.ends_with(end));
+        found.metadata("general.type") == Some("adapter")
+            || ends(".weight.lora_a") && ends(".weight.lora_b")
+    }
+
+    fn read(&self, found: &Found, _options: &ReadOptions) -> Result<Adapter> {
+        found.file.refuse_blocks()?;
+        let alpha = alpha(found)?;
+        let mut pieces = Pieces::new(Spelling::Dotted);
+        let (mut norms, mut experts) = (Vec::new(), Vec::new());
+        for tensor in &found.file.directory.tensors {
+            let name = tensor.name.as_str();
+            let pair = name.strip_suffix(".lora_a").map(|path| (path, lora::DOWN));
+            let pair = pair.or_else(|| Some((name.strip_suffix(".lora_b")?, lora::UP)));
+            let pair = pair.and_then(|(path, role)| Some((path.strip_suffix(".weight")?, role)));
+            match pair {
+                Some(_) if tensor.shape.len() > 2 => experts.push(name.to_owned()),
+                Some((EMBEDDING, lora::DOWN)) => {
+                    let down = transposed(tensor)?;
+                    pieces.add(EMBEDDING.to_owned(), Piece::Factor(lora::DOWN), &down);
+                }
+                Some((path, role)) => pieces.add(path.to_owned(), Piece::Factor(role), tensor),
+                None if name.ends_with("_norm.weight") => norms.push(name.to_owned()),
+                None => pieces.unknown(tensor),
+            }
+        }
+        if !experts.is_empty() {
+            let reason = Reason::MethodOnTarget {
+                method: "LoRA of GGUF",
+                what: "a mixture of experts (factors of three axes)",
+            };
+            return Err(Error::new(reason).with_cases(experts));
+        }
+        if !norms.is_empty() {
+            let problem = "it brings trained norms, which llama.cpp ignores and which GGUF stores differently for some models: neither leaving them out nor applying them is right";
+            let problem = problem.to_owned();
+            return Err(Error::new(Reason::Stored { problem })
+                .with_cases(norms)
+                .with_hint("merge the adapter that this file was converted from"));
+        }
+        pieces.finish(found, facts("llama.cpp", self.summary(found)), |path| {
+            Ok(Told {
+                scale: (alpha == 0.0).then_some(Scale::ONE),
+                alpha: Some(alpha),
+                embedding: path == EMBEDDING,
+                ..Told::default()
+            })
+        })
+    }
+
+    fn summary(&self, found: &Found) -> Summary {
+        // By `lora_b`: that of the token embedding is not transposed.
+        summarise(found, &[(".lora_b", 1)])
+    }
+}
+
+/// α, zero where there is none.
+fn alpha(found: &Found) -> Result<f64> {
+    if let Some(value) = found.metadata(INVOCATION) {
+        return Err(Error::new(Reason::ConfigField {
+            field: INVOCATION.to_owned(),
+            value: value.to_owned(),
+            why: "an activated LoRA works only after its invocation tokens and cannot be merged",
+        }));
+    }
+    if let Some(name) = found
+        .metadata("adapter.type")
+        .filter(|name| *name != "lora")
+    {
+        let name = format!("`{name}` (adapter.type)");
+        return Err(Error::new(Reason::Method { name }));
+    }
+    let Some(text) = found.metadata(ALPHA) else {
+        return Ok(0.0);
+    };
+    let expected = "a number";
+    let alpha: f64 = text
+        .parse()
+        .map_err(|_| Error::new(Reason::FieldType { expected }).on(ALPHA))?;
+    match alpha.is_finite() {
+        true => Ok(alpha),
+        false => {
+            let value = alpha.to_string();
+            Err(Error::new(Reason::AlphaNotFinite { value }).on(ALPHA))
+        }
+    }
+}
