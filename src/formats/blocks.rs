@@ -9,7 +9,10 @@ use crate::error::{Error, Reason, Result};
 use crate::tensor::Tensor;
 
 /// Most parts of a fused layer.
-pub(super) const PARTS_LIMIT: usize = 16;
+const PARTS_LIMIT: usize = 16;
+
+/// Most bytes of a factor with its zeros, unless its parts alone are that large: it is made in memory.
+const BYTES_LIMIT: u64 = 256 << 20;
 
 /// The up factor of a whole fused layer: `parts` are the rows of each part in their order, and whether the
 /// part is adapted; `up` holds those that are, r columns each.
@@ -34,13 +37,14 @@ pub(super) fn block_diagonal(up: &Tensor, parts: &[(usize, bool)]) -> Result<Ten
         return Err(wrong(up, parts));
     };
     let size = up.float()?.size();
-    // A part that is not adapted may be of any size; the others bound it by the file.
+    // A part that is not adapted may be of any size.
     let bytes = rows
         .checked_mul(columns)
         .and_then(|count| count.checked_mul(size));
-    let limit = up.length.saturating_mul((PARTS_LIMIT * PARTS_LIMIT) as u64);
+    let limit = BYTES_LIMIT.max(up.length.saturating_mul(PARTS_LIMIT as u64));
     let Some(bytes) = bytes.filter(|bytes| *bytes as u64 <= limit) else {
-        return Err(wrong(up, parts));
+        let bytes = bytes.map_or(u64::MAX, |bytes| bytes as u64);
+        return Err(up.error(Reason::FileTooLarge { bytes, limit }));
     };
     let (source, parts) = (up.clone(), parts.to_vec());
     let made = move || {

@@ -857,3 +857,26 @@ fn a_reader_that_leaves_is_no_error() {
     );
     assert!(run.stderr.is_empty(), "{}", text(&run.stderr));
 }
+
+#[test]
+fn an_alpha_that_no_file_states_is_stated_on_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let content: &[(&str, &[usize])] = &[("q.lora_A", &[2, 3]), ("q.lora_B", &[4, 2])];
+    for file in ["lora.bin", "lit_model.pth.lora"] {
+        let adapter = folder.path().join(file.replace('.', "-"));
+        std::fs::create_dir(&adapter).unwrap();
+        std::fs::write(adapter.join(file), crate::hostile_support::tensors(content)).unwrap();
+        let adapter = path(&adapter);
+        let without = loratool(&["check", &adapter]);
+        assert_eq!(without.status.code(), Some(5), "{file}");
+        let with = loratool(&["inspect", &adapter, "--adapter-alpha", "-6", "--json"]);
+        assert_eq!(
+            with.status.code(),
+            Some(0),
+            "{file}: {}",
+            text(&with.stderr)
+        );
+        let report: Value = serde_json::from_slice(&with.stdout).unwrap();
+        assert_eq!(report["adapter"]["modules"][0]["scale"]["value"], -3.0);
+    }
+}

@@ -299,6 +299,14 @@ fn a_fused_layer_of_litgpt_lands_on_its_rows() {
         PARTS.replace("key: false", "key: true"),
     );
     assert_reason!(read().unwrap_err(), Reason::FactorShape { .. });
+    // Keys and values fill the factor, but the queries beside them would take gigabytes of zeros.
+    let others = PARTS
+        .replace("false", "true")
+        .replace("query: true", "query: false");
+    room.write("a/hyperparameters.yaml", others);
+    let vast = "n_head: 900000000\nn_query_groups: 3\nhead_size: 1\n";
+    room.write("a/model_config.yaml", vast);
+    assert_reason!(read().unwrap_err(), Reason::FileTooLarge { .. });
     room.write(
         "a/hyperparameters.yaml",
         PARTS.replace("key: false", "key: no"),
