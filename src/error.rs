@@ -249,8 +249,9 @@ reasons! {
         NameTaken { name: String } => "the result would hold two tensors named `{name}`",
     }
     Unresolved {
-        NamesUnknown { count: usize } => "{count} flattened names are in no known family; --base gives the names of the model",
+        NamesUnknown { count: usize } => "{count} modules have no known name in the target; --base or --family tells which model it is",
         NamesAmbiguous { count: usize } => "{count} modules have several names in the target; --family or --base tells which model it is",
+        ArchitectureUnknown => "llama.cpp stores the rows of some models otherwise; --base or --family tells which model it is",
         HeadsNeeded => "how its rows are split depends on the number of heads; --base gives it",
         Modules { count: usize } => "{count} parts of the adapter have no place in the base",
         Ambiguous { count: usize } => "{count} parts of the adapter fit several tensors of the base",

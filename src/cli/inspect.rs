@@ -40,7 +40,7 @@ impl Inspect {
 pub(super) fn print(inspection: &Inspection) {
     let mut fields = Fields::new(&format!("{}: {}", inspection.path, inspection.what));
     fields.add("container", &inspection.container);
-    if let Some(format) = &inspection.format {
+    if let Some(format) = &inspection.format_name {
         fields.add("format", format);
     }
     if let Some(adapter) = &inspection.adapter {

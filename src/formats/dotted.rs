@@ -4,12 +4,13 @@
 //! `ostris/ai-toolkit`, `toolkit/network_mixins.py`; `Nerogar/OneTrainer`,
 //! `modules/util/convert/lora/` (OMI: a fused layer is trained in parts, which are numbered).
 
+use super::draft::{Draft, Named, Writer, Written};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary, diffusers, kohya};
 use crate::adapter::Adapter;
 use crate::error::Result;
-use crate::naming::families::{self, Side};
+use crate::naming::families::{self, Layout, Side};
 use crate::naming::path::without_wrappers;
 use crate::naming::{Spelling, component};
 
@@ -89,6 +90,13 @@ impl Format for Dotted {
         (self.recognises)(found)
     }
 
+    fn writer(&self) -> Option<&dyn Writer> {
+        match self.id {
+            "omi" => None, // its parts of fused layers are numbered
+            _ => Some(self),
+        }
+    }
+
     fn read(&self, found: &Found, _options: &ReadOptions) -> Result<Adapter> {
         let mut pieces = Pieces::new(Spelling::InComponent);
         for tensor in &found.file.directory.tensors {
@@ -103,6 +111,70 @@ impl Format for Dotted {
 
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, DOWN)
+    }
+}
+
+impl Writer for Dotted {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        Some(Layout::Original)
+    }
+
+    /// ComfyUI reads kohya's tails behind its own names; ai-toolkit writes those of PEFT and has no alpha.
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "adapter.safetensors",
+            metadata: vec![("format".to_owned(), "pt".to_owned())],
+            ..Written::default()
+        };
+        for named in &draft.modules {
+            if !draft.names_part(named) {
+                written.lose(
+                    &*named.module.path,
+                    "no prefix names its part of the pipeline",
+                );
+                continue;
+            }
+            let owner = format!("{}{}", prefix(named), named.path);
+            if self.id == "comfyui" {
+                kohya::suffixed(draft, named, &mut written, |tail| format!("{owner}.{tail}"));
+                continue;
+            }
+            let Some(mut factors) = written.low_rank(named, false) else {
+                continue;
+            };
+            if factors.mid.is_some() || factors.bias.is_some() {
+                written.lose(&*named.module.path, "a Tucker core or a trained bias");
+                continue;
+            }
+            let by = factors.scale.value;
+            written.fold(draft, named, &mut factors, by);
+            written.put(draft, format!("{owner}.lora_A.weight"), &factors.down);
+            written.put(draft, format!("{owner}.lora_B.weight"), &factors.up);
+        }
+        if self.id == "ai-toolkit" {
+            let software = r#"{"name": "ai-toolkit"}"#.to_owned();
+            written.metadata.push(("software".to_owned(), software));
+        }
+        written.lose_rest(draft);
+        Ok(written)
+    }
+}
+
+/// What stands before a path: the denoiser where nothing else is named.
+fn prefix(named: &Named) -> &'static str {
+    let text = named.component.filter(|component| component.is_text);
+    let Some(component) = text else {
+        return "diffusion_model.";
+    };
+    let is_t5 = named.path.starts_with("encoder.block.");
+    let all = component.dotted.iter();
+    match all
+        .copied()
+        .find(|prefix| prefix.starts_with("text_encoders."))
+    {
+        _ if is_t5 => "text_encoders.t5xxl.transformer.",
+        Some(prefix) => prefix,
+        None => "text_encoders.clip_l.transformer.",
     }
 }
 

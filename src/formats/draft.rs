@@ -7,7 +7,8 @@ use crate::containers::Header;
 use crate::error::Result;
 use crate::methods::{dora, lora};
 use crate::naming::component::Component;
-use crate::naming::{families::Layout, path};
+use crate::naming::families::{FAMILIES, Family, Layout};
+use crate::naming::path;
 use crate::tensor::{Float, Tensor, narrow, widen};
 
 /// A power of a format: writing.
@@ -34,6 +35,16 @@ pub struct Draft<'a> {
     pub family: Option<&'static str>,
     /// What stands before flattened names instead of the usual.
     pub prefix: Option<&'a str>,
+}
+
+impl Draft<'_> {
+    /// Whether it is known which part of a pipeline a module is of: its name says so, or its family, of
+    /// which bare names are those of the denoiser.
+    pub(super) fn names_part(&self, named: &Named) -> bool {
+        let of_pipeline = |family: &&Family| family.layout == Layout::Original;
+        let mut families = FAMILIES.iter().filter(of_pipeline);
+        named.component.is_some() || families.any(|family| Some(family.name) == self.family)
+    }
 }
 
 /// A module with its dotted path within its part.

@@ -6,13 +6,19 @@
 //! those of the weights in GGUF.
 
 use super::blocks::transposed;
+use super::draft::{self, Draft, Writer, Written};
+use super::peft::write::most_common;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{Adapter, Scale};
+use crate::containers::Entry;
+use crate::containers::gguf::{self, Value};
 use crate::error::{Error, Reason, Result};
 use crate::methods::lora;
 use crate::naming::Spelling;
+use crate::naming::families::Layout;
+use crate::tensor::Tensor;
 
 /// The format.
 pub(super) struct Gguf;
@@ -28,6 +34,10 @@ impl Format for Gguf {
 
     fn name(&self) -> &'static str {
         "GGUF adapter (llama.cpp)"
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {
@@ -84,6 +94,80 @@ impl Format for Gguf {
     fn summary(&self, found: &Found) -> Summary {
         // By `lora_b`: that of the token embedding is not transposed.
         summarise(found, &[(".lora_b", 1)])
+    }
+}
+
+impl Writer for Gguf {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        Some(Layout::Gguf)
+    }
+
+    /// One α for all tensors, which llama.cpp divides by the rank of each; the rest of each scale is
+    /// multiplied into `lora_b`. Its own converter reads `lora_alpha` alone.
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let Some(architecture) = draft.family else {
+            return Err(Error::new(Reason::ArchitectureUnknown));
+        };
+        let mut written = Written {
+            name: "adapter.gguf",
+            ..Written::default()
+        };
+        let mut modules = Vec::new();
+        for named in &draft.modules {
+            let Some(factors) = written.low_rank(named, false) else {
+                continue;
+            };
+            if factors.mid.is_some() || factors.bias.is_some() || factors.down.shape.len() != 2 {
+                written.lose(
+                    &*named.module.path,
+                    "anything but two factors of a linear layer",
+                );
+                continue;
+            }
+            modules.push((named, factors));
+        }
+        let alpha = most_common(
+            modules
+                .iter()
+                .map(|(_, factors)| (factors.alpha() as f32).to_bits()),
+        );
+        let alpha = alpha.map_or(1.0, f32::from_bits);
+        for (named, mut factors) in modules {
+            // The scale that is left after α over the rank of the tensor.
+            let stated = f64::from(alpha) / factors.rank() as f64;
+            let by = factors.scale.value / stated;
+            written.fold(draft, named, &mut factors, by);
+            let key = |end: &str| format!("{}.weight.{end}", named.path);
+            let down = match named.path.as_str() {
+                EMBEDDING => draft::transposed(&factors.down),
+                _ => factors.down.clone(),
+            };
+            written.put(draft, key("lora_a"), &down);
+            written.put(draft, key("lora_b"), &factors.up);
+        }
+        written.lose_rest(draft);
+        let metadata = vec![
+            ("general.type".to_owned(), Value::Text("adapter".to_owned())),
+            (
+                "general.architecture".to_owned(),
+                Value::Text(architecture.to_owned()),
+            ),
+            ("adapter.type".to_owned(), Value::Text("lora".to_owned())),
+            (ALPHA.to_owned(), Value::F32(alpha)),
+        ];
+        written.header = Some(Box::new(move |tensors: &[Tensor]| {
+            let entries: Vec<Entry<'_>> = tensors
+                .iter()
+                .map(|tensor| Entry {
+                    name: &tensor.name,
+                    dtype: tensor.dtype,
+                    shape: &tensor.shape,
+                    blocks: None,
+                })
+                .collect();
+            gguf::header(&metadata, &entries)
+        }));
+        Ok(written)
     }
 }
 

@@ -120,7 +120,10 @@ fn prefix<'a>(draft: &Draft<'a>, named: &Named) -> Option<&'a str> {
     if let Some(prefix) = draft.prefix {
         return Some(prefix);
     }
-    let component = named.component?;
+    let Some(component) = named.component else {
+        // Bare names of a known family are those of its denoiser.
+        return draft.names_part(named).then_some("lora_unet_");
+    };
     let single = draft.family.is_none_or(|family| family == "sd1");
     Some(match component.flattened {
         ["lora_te_", ..] if single => "lora_te_",

@@ -4,10 +4,12 @@
 //! Source: `Nerogar/OneTrainer`, `modules/util/convert_lora_util.py` (`convert_to_mixture`) and
 //! `modules/util/convert/lora/convert_flux_lora.py`.
 
-use super::kohya::Kohya;
+use super::draft::{Draft, Writer, Written};
+use super::kohya::{self, Kohya};
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::Adapter;
 use crate::error::Result;
+use crate::naming::families::Layout;
 
 /// The format.
 pub(super) struct OneTrainer;
@@ -24,6 +26,10 @@ impl Format for OneTrainer {
         "OneTrainer"
     }
 
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
+    }
+
     fn recognises(&self, found: &Found) -> bool {
         let starts = |name: &str| PREFIXES.iter().any(|prefix| name.starts_with(prefix));
         found.names().any(starts)
@@ -37,5 +43,50 @@ impl Format for OneTrainer {
 
     fn summary(&self, found: &Found) -> Summary {
         Kohya.summary(found)
+    }
+}
+
+impl Writer for OneTrainer {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        None
+    }
+
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "adapter.safetensors",
+            metadata: vec![("format".to_owned(), "pt".to_owned())],
+            ..Written::default()
+        };
+        let unet = matches!(draft.family, Some("sd1" | "sdxl"));
+        for named in &draft.modules {
+            if !draft.names_part(named) {
+                written.lose(
+                    &*named.module.path,
+                    "no prefix names its part of the pipeline",
+                );
+                continue;
+            }
+            let prefix = match named.component.filter(|component| component.is_text) {
+                None if unet => "lora_unet_",
+                None => "lora_transformer_",
+                // The second encoder of FLUX is T5, which others call the third.
+                Some(component)
+                    if component.flattened == ["lora_te3_"] && draft.family == Some("flux1") =>
+                {
+                    "lora_te2_"
+                }
+                Some(component)
+                    if draft.family != Some("sd1")
+                        && component.flattened.contains(&"lora_te1_") =>
+                {
+                    "lora_te1_"
+                }
+                Some(component) => component.flattened.first().copied().unwrap_or("lora_te_"),
+            };
+            let owner = format!("{prefix}{}", named.path.replace('.', "_"));
+            kohya::suffixed(draft, named, &mut written, |tail| format!("{owner}.{tail}"));
+        }
+        written.lose_rest(draft);
+        Ok(written)
     }
 }

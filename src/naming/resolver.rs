@@ -11,7 +11,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::OnceLock;
 
 use super::component::{self, Flattened, InPart};
-use super::families::{self, Match, Side};
+use super::families::{self, Layout, Match, Side};
 use super::path::leaf;
 use super::rows::Rows;
 
@@ -67,6 +67,8 @@ pub enum Resolution {
 #[derive(Debug)]
 pub struct Resolver {
     names: HashSet<String>,
+    /// llama.cpp's architecture of the model: its layouts differ under the same names.
+    architecture: Option<String>,
     /// Made when the first flattened name is asked for.
     flattened: OnceLock<Flattened>,
 }
@@ -138,8 +140,16 @@ impl Resolver {
     pub fn new<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
         Resolver {
             names: names.into_iter().map(Into::into).collect(),
+            architecture: None,
             flattened: OnceLock::new(),
         }
+    }
+
+    /// Says what model it is, in llama.cpp's words.
+    #[must_use]
+    pub fn of_architecture(mut self, architecture: Option<String>) -> Self {
+        self.architecture = architecture;
+        self
     }
 
     /// Finds the weight of a module.
@@ -160,6 +170,12 @@ impl Resolver {
             }
         };
         match found {
+            // Without the name of a part it may be any model's own.
+            Resolution::Unresolved
+                if spelling == Spelling::InComponent && parts.component.is_none() =>
+            {
+                self.resolve_dotted(path)
+            }
             Resolution::Unresolved => self.in_families(parts, spelling == Spelling::Flattened),
             found => found,
         }
@@ -233,7 +249,11 @@ impl Resolver {
         let matches = parts
             .spellings(flattened)
             .into_iter()
-            .flat_map(|path| families::find(&path, flattened));
+            .flat_map(|path| families::find(&path, flattened))
+            .filter(|found| match &self.architecture {
+                Some(own) if found.family.layout == Layout::Gguf => found.family.name == own,
+                _ => true,
+            });
         for matched in matches {
             for root in parts.roots() {
                 found.extend(self.by_family(root, &matched));
@@ -273,8 +293,8 @@ impl Resolver {
             .or_else(|| self.expert(path, parameter))
             // FLUX's RMSNorm calls its weight `scale`.
             .or_else(|| {
-                whole(join(path, "scale"))
-                    .filter(|_| parameter == "weight" && leaf(path).ends_with("_norm"))
+                let is_norm = parameter == "weight" && path.ends_with("_norm");
+                is_norm.then(|| whole(join(path, "scale"))).flatten()
             })
             // OpenCLIP's `text_projection` is a parameter of the model.
             .or_else(|| {

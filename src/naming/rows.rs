@@ -86,6 +86,14 @@ impl Rows {
         )
     }
 
+    /// Whether the width of the tensor is needed to tell the rows.
+    pub fn needs_columns(self) -> bool {
+        matches!(
+            self,
+            Rows::Square { .. } | Rows::Rest { .. } | Rows::SwappedPair
+        )
+    }
+
     /// The rows of a tensor of `rows` × `columns` that are the module's, in the module's order;
     /// `None` where the shape does not allow it or the heads are not known.
     pub fn ranges(

@@ -25,9 +25,12 @@ pub struct Inspection {
     pub files: Vec<String>,
     /// How the tensors lie in the file.
     pub container: String,
-    /// How the adapter is spelled.
+    /// How the adapter is spelled: the short name of the format.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
+    /// The format's name in the field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_name: Option<String>,
     /// Number of tensors.
     pub tensors: usize,
     /// Elements of all tensors.
@@ -246,7 +249,8 @@ pub(super) fn of_tensors(
         files,
         found.file.directory.tensors.iter(),
     );
-    inspection.format = format.map(|format| format.name().to_owned());
+    inspection.format = format.map(|format| format.id().to_owned());
+    inspection.format_name = format.map(|format| format.name().to_owned());
     let adapter = found
         .file
         .refuse_blocks()
@@ -298,6 +302,7 @@ fn describe<'a>(
         files,
         container: container.to_owned(),
         format: None,
+        format_name: None,
         tensors: 0,
         parameters: 0,
         bytes: 0,

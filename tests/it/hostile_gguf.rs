@@ -386,7 +386,10 @@ fn what_the_gguf_package_wrote_is_read_and_refused_when_it_is_cut() {
         assert_eq!((found.what.as_str(), found.tensors), (what, tensors));
         assert_eq!(found.container, "GGUF");
         if name == "adapter" {
-            assert_eq!(found.format.as_deref(), Some("GGUF adapter (llama.cpp)"));
+            assert_eq!(
+                found.format_name.as_deref(),
+                Some("GGUF adapter (llama.cpp)")
+            );
             let adapter = found.adapter.unwrap();
             assert_eq!(adapter.ranks.into_iter().collect::<Vec<_>>(), [(2, 2)]);
             assert_eq!(adapter.facts.other["adapter.lora.alpha"], "16");

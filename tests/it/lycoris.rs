@@ -191,7 +191,9 @@ fn a_converted_adapter_merges_as_its_source_does() {
                 let report = match converted(&from, target.id(), family, &output) {
                     Ok(report) => report,
                     Err(error) => {
-                        let lossy = matches!(error.reason(), Reason::Losses { .. });
+                        // llama.cpp has no names for image models.
+                        let unnamed = target.id() == "gguf" && error.kind() == Kind::Unresolved;
+                        let lossy = unnamed || matches!(error.reason(), Reason::Losses { .. });
                         assert!(lossy, "{adapter} to {}: {error:?}", target.id());
                         assert!(!output.exists());
                         continue;

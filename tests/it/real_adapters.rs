@@ -114,7 +114,7 @@ fn other_spellings_are_named_and_described() {
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),
     ] {
         let Some(found) = described(name) else { return };
-        assert_eq!(found.format.as_deref(), Some(format), "{name}");
+        assert_eq!(found.format_name.as_deref(), Some(format), "{name}");
         let summary = found
             .summary
             .as_ref()
@@ -132,7 +132,7 @@ fn other_spellings_are_named_and_described() {
         let Some(found) = described(name) else { return };
         assert!(
             found
-                .format
+                .format_name
                 .is_some_and(|format| format.starts_with("home-made")),
             "{name}"
         );
@@ -143,7 +143,11 @@ fn other_spellings_are_named_and_described() {
         "simo-kiriko2-ti-pt",
     ] {
         let Some(found) = described(name) else { return };
-        assert_eq!(found.format.as_deref(), Some("textual inversion"), "{name}");
+        assert_eq!(
+            found.format_name.as_deref(),
+            Some("textual inversion"),
+            "{name}"
+        );
     }
     for (name, word) in [
         ("peft-bloomz-prompt-tuning", "PROMPT_TUNING"),

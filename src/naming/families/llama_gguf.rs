@@ -1,4 +1,4 @@
-//! Llama, Mistral and Mixtral under llama.cpp's names.
+//! Llama and its relatives under llama.cpp's names.
 //!
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `convert_hf_to_gguf.py`
 //! (`LlamaModel.permute`: the rows of q and k are stored as rotary pairs).
@@ -6,18 +6,33 @@
 use super::{Family, Layout, Row, row};
 use crate::naming::rows::{Heads, Rows};
 
+/// Also Mistral and Mixtral.
 pub(super) const LLAMA_GGUF: Family = Family {
     name: "llama",
     layout: Layout::Gguf,
     is_text: false,
-    rows,
+    rows: || rows(Rows::Pairs(Heads::Query), Rows::Pairs(Heads::Key)),
 };
 
-fn rows() -> Vec<Row> {
+/// `Qwen2Model` does not permute.
+pub(super) const QWEN2_GGUF: Family = Family {
+    name: "qwen2",
+    layout: Layout::Gguf,
+    is_text: false,
+    rows: || rows(Rows::Whole, Rows::Whole),
+};
+
+/// Nor does `Qwen3Model`.
+pub(super) const QWEN3_GGUF: Family = Family {
+    name: "qwen3",
+    ..QWEN2_GGUF
+};
+
+fn rows(query: Rows, key: Rows) -> Vec<Row> {
     let (hub, other) = ("model.layers.*", "blk.*");
     let mut rows: Vec<Row> = [
-        ("self_attn.q_proj", "attn_q", Rows::Pairs(Heads::Query)),
-        ("self_attn.k_proj", "attn_k", Rows::Pairs(Heads::Key)),
+        ("self_attn.q_proj", "attn_q", query),
+        ("self_attn.k_proj", "attn_k", key),
         ("self_attn.v_proj", "attn_v", Rows::Whole),
         ("self_attn.o_proj", "attn_output", Rows::Whole),
         ("mlp.gate_proj", "ffn_gate", Rows::Whole),

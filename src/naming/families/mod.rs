@@ -74,6 +74,8 @@ pub static FAMILIES: &[Family] = &[
     qwen_image::QWEN_IMAGE,
     anima::ANIMA,
     llama_gguf::LLAMA_GGUF,
+    llama_gguf::QWEN2_GGUF,
+    llama_gguf::QWEN3_GGUF,
 ];
 
 /// Layers that are whole under both names, below a path of either side.
@@ -101,6 +103,15 @@ fn squares(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], rest: &str, other:
         rows.push(row(format!("{hub}{layer}"), other, Rows::Square { index }));
     }
     rows.push(row(format!("{hub}{rest}"), other, Rows::Rest { after: 3 }));
+}
+
+/// Kinds of models (`model_type` of transformers) that llama.cpp has under another architecture.
+const ARCHITECTURES: &[(&str, &str)] = &[("mistral", "llama"), ("mixtral", "llama")];
+
+/// llama.cpp's architecture of a kind of model.
+pub fn architecture(model_type: &str) -> &str {
+    let found = ARCHITECTURES.iter().find(|(known, _)| *known == model_type);
+    found.map_or(model_type, |(_, architecture)| architecture)
 }
 
 /// A row.

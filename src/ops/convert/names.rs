@@ -8,9 +8,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::formats::Named;
 use crate::naming::component::{InPart, split};
-use crate::naming::families::{FAMILIES, Layout, Match, Side, find};
+use crate::naming::families::{FAMILIES, Family, Layout, Match, Side, find};
 use crate::naming::{Attention, Resolution, Resolver, Rows, Spelling};
-use crate::ops::merge::attention;
+use crate::ops::merge::{architecture, attention};
 
 /// The family of the denoiser (or of the only model): the one that is named, or the only one that knows
 /// every module that any family knows. `None` where no family is needed.
@@ -22,7 +22,16 @@ pub(super) fn family(
     base: Option<&Checkpoint>,
     named: Option<&str>,
 ) -> Result<Option<&'static str>> {
-    if let Some(named) = named {
+    let stated = adapter.facts.other.get("general.architecture").cloned();
+    let told = base.and_then(architecture).or(stated);
+    let told = told.as_deref().filter(|told| {
+        let of_llama_cpp = |family: &&Family| family.layout == Layout::Gguf;
+        FAMILIES
+            .iter()
+            .filter(of_llama_cpp)
+            .any(|family| family.name == *told)
+    });
+    if let Some(named) = named.or(told) {
         let found = FAMILIES.iter().find(|family| family.name == named);
         return found.map(|family| Some(family.name)).ok_or_else(|| {
             let mut all: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
@@ -102,7 +111,10 @@ pub(super) fn renamed(
         layout,
         family,
         attention: base.map(attention).unwrap_or_default(),
-        resolver: base.map(|base| Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))),
+        resolver: base.map(|base| {
+            Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))
+                .of_architecture(architecture(base))
+        }),
         done: Vec::new(),
         waiting: Vec::new(),
         unknown: Vec::new(),
@@ -194,9 +206,11 @@ impl Renaming<'_> {
         }
         match names.as_slice() {
             [] => {
-                let path = match (flattened, self.in_base(module)) {
-                    (false, _) => Some(parts.path.to_owned()),
-                    (true, path) => path,
+                let path = match (layout, flattened) {
+                    // Names of another kind than the model's own are those of a table.
+                    (Some(layout), _) if layout != Layout::Original => None,
+                    (_, false) => Some(parts.path.to_owned()),
+                    (_, true) => self.in_base(module),
                 };
                 match path {
                     Some(path) => self.done.push((order, named(path, module.clone()))),
@@ -218,9 +232,7 @@ impl Renaming<'_> {
     fn fits(&self, found: &Match, parts: InPart<'_>) -> bool {
         let text = parts.component.is_some_and(|component| component.is_text);
         match self.family {
-            Some(family) if !text => {
-                found.family.name == family || found.family.layout != Layout::Original
-            }
+            Some(family) if !text => found.family.name == family || found.family.is_text,
             _ => true,
         }
     }
@@ -272,9 +284,10 @@ impl Renaming<'_> {
 
     fn rows_of(&self, module: &Module, rows: Rows) -> Result<Vec<Range<usize>>> {
         let extent = module.method.extent(module);
+        let inputs = extent.inputs.or((!rows.needs_columns()).then_some(0));
         let ranges = extent
             .outputs
-            .zip(extent.inputs)
+            .zip(inputs)
             .and_then(|(outputs, inputs)| rows.ranges(outputs, inputs, self.attention));
         ranges.ok_or_else(|| {
             if rows.needs_heads() && self.attention == Attention::default() {

@@ -20,7 +20,7 @@ mod replication;
 mod report;
 mod run;
 
-pub(crate) use place::attention;
+pub(crate) use place::{architecture, attention};
 pub use plan::{Plan, PlannedModule, PlannedTensor};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 

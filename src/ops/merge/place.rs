@@ -6,7 +6,7 @@ use crate::adapter::{Extent, Geometry, Layer, Module, Orientation, Part};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
-use crate::naming::{Attention, Place, Rows, path};
+use crate::naming::{Attention, Place, Rows, families, path};
 
 /// A tensor seen as a matrix, and rows of it that a module owns.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,9 +52,10 @@ impl Area {
             return Some(vec![area(0..*outer, None)]);
         }
         if place.of_module {
-            let outputs = place
-                .rows
-                .ranges(extent.outputs?, extent.inputs?, attention)?;
+            let inputs = extent
+                .inputs
+                .or((!place.rows.needs_columns()).then_some(0))?;
+            let outputs = place.rows.ranges(extent.outputs?, inputs, attention)?;
             return Some(vec![area(0..*outer, Some(outputs))]);
         }
         let mut output = 0;
@@ -89,9 +90,30 @@ impl Area {
     }
 }
 
-/// The heads of the base's attention, as far as its configuration tells.
+/// llama.cpp's architecture of a base, from its metadata or its configuration.
+pub(crate) fn architecture(base: &Checkpoint) -> Option<String> {
+    let stated = stated(base, "general.architecture").map(str::to_owned);
+    stated.or_else(|| {
+        let model_type = base.configured("model_type").and_then(Value::as_str)?;
+        Some(families::architecture(model_type).to_owned())
+    })
+}
+
+/// What the metadata of a base's first file say.
+fn stated<'a>(base: &'a Checkpoint, key: &str) -> Option<&'a str> {
+    let metadata = &base.shards.first()?.file.directory.metadata;
+    let found = metadata.iter().find(|(name, _)| name == key);
+    found.map(|(_, value)| value.as_str())
+}
+
+/// The heads of the base's attention, as far as its metadata or its configuration tell.
 pub(crate) fn attention(base: &Checkpoint) -> Attention {
-    let count = |names: &[&str]| {
+    let count = |names: &[&str], key: &str| {
+        if let Some(architecture) = stated(base, "general.architecture") {
+            return stated(base, &format!("{architecture}.attention.{key}"))?
+                .parse()
+                .ok();
+        }
         let value = names.iter().find_map(|name| base.configured(name))?;
         match value {
             Value::Integer(count) => usize::try_from(*count).ok(),
@@ -99,8 +121,14 @@ pub(crate) fn attention(base: &Checkpoint) -> Attention {
         }
     };
     Attention {
-        query: count(&["num_attention_heads", "n_head", "num_heads", "n_heads"]),
-        key: count(&["num_key_value_heads", "num_kv_heads", "n_kv_heads"]),
+        query: count(
+            &["num_attention_heads", "n_head", "num_heads", "n_heads"],
+            "head_count",
+        ),
+        key: count(
+            &["num_key_value_heads", "num_kv_heads", "n_kv_heads"],
+            "head_count_kv",
+        ),
     }
 }
 

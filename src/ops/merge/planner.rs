@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::place::{Area, attention, on_weight, stacks_outputs_first};
+use super::place::{Area, architecture, attention, on_weight, stacks_outputs_first};
 use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
@@ -106,7 +106,7 @@ impl<'a> Planner<'a> {
             options,
             only: patterns(&options.only)?,
             skip: patterns(&options.skip)?,
-            resolver: Resolver::new(by_name.keys().cloned()),
+            resolver: Resolver::new(by_name.keys().cloned()).of_architecture(architecture(base)),
             tensors,
             by_name,
             ties,

@@ -1,0 +1,119 @@
+//! Every adapter of PEFT's goldens in every format that can say it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use loratool::Kind;
+use loratool::containers::TensorFile;
+use loratool::ops::convert::{self, Options, Report};
+use loratool::ops::merge::Control;
+
+use crate::goldens::{NOT_A_TARGET, cases};
+use crate::support::{fixture, merge, options};
+
+fn convert(from: &Path, to: &str, base: &Path, output: &Path) -> Result<Report, loratool::Error> {
+    let options = Options {
+        adapter: from.to_owned(),
+        to: to.to_owned(),
+        output: output.to_owned(),
+        base: Some(base.to_owned()),
+        ..Options::default()
+    };
+    convert::plan(&options)?.run(&Control::default())
+}
+
+fn merged(base: &Path, adapter: &Path) -> BTreeMap<String, (Vec<u8>, Vec<f64>)> {
+    let room = tempfile::tempdir().unwrap();
+    let output = room.path().join("merged");
+    merge(&options(base, adapter, &output))
+        .unwrap_or_else(|error| panic!("{adapter:?}: {error:?}"));
+    let file = TensorFile::open(output.join("model.safetensors")).unwrap();
+    let tensors = file.directory.tensors.iter();
+    let read = |tensor: &loratool::tensor::Tensor| {
+        (
+            tensor.bytes().unwrap().into_owned(),
+            tensor.to_f64().unwrap(),
+        )
+    };
+    tensors
+        .map(|tensor| (tensor.name.clone(), read(tensor)))
+        .collect()
+}
+
+#[test]
+fn every_golden_of_peft_merges_alike_in_every_format_that_can_say_it() {
+    let mut written: BTreeMap<&str, usize> = BTreeMap::new();
+    for case in cases() {
+        if NOT_A_TARGET.contains(&case.name.as_str()) {
+            continue;
+        }
+        let from = case.folder.join("adapter");
+        let source = merged(&case.base, &from);
+        for target in convert::targets() {
+            let name = format!("{} to {}", case.name, target.id());
+            let room = tempfile::tempdir().unwrap();
+            let output = room.path().join("converted");
+            let report = match convert(&from, target.id(), &case.base, &output) {
+                Ok(report) => report,
+                Err(error) => {
+                    let kinds = [Kind::Unsupported, Kind::Unresolved];
+                    assert!(kinds.contains(&error.kind()), "{name}: {error:?}");
+                    assert!(
+                        !error.cases().is_empty() || error.kind() == Kind::Unresolved,
+                        "{name}"
+                    );
+                    assert!(!output.exists(), "{name}");
+                    continue;
+                }
+            };
+            *written.entry(target.id()).or_default() += 1;
+            let ours = merged(&case.base, &output);
+            assert_eq!(ours.len(), source.len(), "{name}");
+            for (tensor, (bytes, values)) in &source {
+                let (our_bytes, our_values) = &ours[tensor];
+                if report.folded.is_empty() {
+                    assert_eq!(our_bytes, bytes, "{name}: {tensor}");
+                }
+                let largest = values
+                    .iter()
+                    .fold(0.0, |all: f64, value| all.max(value.abs()));
+                let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-2 * largest;
+                assert!(our_values.iter().zip(values).all(close), "{name}: {tensor}");
+            }
+        }
+    }
+    println!("{written:?}");
+    for id in ["peft", "gguf", "mlx"] {
+        assert!(
+            written.get(id).is_some_and(|count| *count >= 5),
+            "{id}: {written:?}"
+        );
+    }
+}
+
+#[test]
+fn an_adapter_of_llama_cpp_without_its_model_needs_to_be_told_which_it_is() {
+    let room = tempfile::tempdir().unwrap();
+    let from = fixture("peft/cases/lora_all_linear/adapter");
+    let to = |family: Option<&str>, output: &str| {
+        let options = Options {
+            adapter: from.clone(),
+            to: "gguf".to_owned(),
+            output: room.path().join(output),
+            family: family.map(str::to_owned),
+            ..Options::default()
+        };
+        convert::plan(&options).map(|plan| plan.report().tensors)
+    };
+    assert_eq!(to(None, "a.gguf").unwrap_err().kind(), Kind::Unresolved);
+    // Rotary pairs need the number of heads as well.
+    assert_eq!(
+        to(Some("llama"), "b.gguf").unwrap_err().kind(),
+        Kind::Unresolved
+    );
+    assert_eq!(to(Some("qwen2"), "c.gguf").unwrap(), 28);
+    assert_eq!(
+        to(Some("no such"), "d.gguf").unwrap_err().kind(),
+        Kind::Usage
+    );
+}
