@@ -10,6 +10,7 @@ mod cli;
 mod conversions;
 mod convert;
 mod definition;
+mod families;
 mod fuzz;
 mod goldens;
 mod hostile_config;

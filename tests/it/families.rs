@@ -1,0 +1,174 @@
+//! The tables of families against what the peers' own converters did with numbered rows
+//! (`fixtures/make_families.py`).
+
+use std::ops::Range;
+
+use loratool::containers::TensorFile;
+use loratool::naming::families::{Side, find};
+use loratool::naming::{Attention, Rows};
+use serde_json::Value;
+
+use crate::support::{fixture, merge, options};
+
+/// The file, the family, and how many layers it names at least.
+const FAMILIES: &[(&str, &str, usize)] = &[
+    ("sd1", "sd1", 180),
+    ("sd2", "sd1", 180),
+    ("sdxl", "sdxl", 200),
+    ("sd3", "sd3", 30),
+    ("flux1", "flux1", 50),
+    ("flux2", "flux2", 25),
+    ("hunyuan-video", "hunyuan-video", 50),
+    ("wan", "wan", 20),
+    ("anima", "anima", 20),
+    ("qwen-image", "qwen-image", 20),
+    ("openclip", "openclip", 15),
+    ("t5", "t5", 14),
+    ("llama-gguf", "llama", 17),
+    ("mistral-gguf", "llama", 17),
+    ("qwen2-gguf", "qwen2", 17),
+    ("qwen3-gguf", "qwen3", 17),
+];
+
+fn ranges(value: &Value) -> Option<Vec<Range<usize>>> {
+    let number = |value: &Value| value.as_u64().unwrap() as usize;
+    let range = |pair: &Value| number(&pair[0])..number(&pair[1]);
+    Some(value.as_array()?.iter().map(range).collect())
+}
+
+/// The single rows of ranges, which may be cut in different ways.
+fn rows_of(ranges: &[Range<usize>]) -> Vec<usize> {
+    ranges.iter().cloned().flatten().collect()
+}
+
+fn inverse(rows: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; rows.len()];
+    for (place, row) in rows.iter().enumerate() {
+        inverse[*row] = place;
+    }
+    inverse
+}
+
+#[test]
+fn every_family_places_layers_as_the_peers_converters_do() {
+    for (file, family, least) in FAMILIES {
+        let text = std::fs::read(fixture(&format!("families/{file}.json"))).unwrap();
+        let all: Value = serde_json::from_slice(&text).unwrap();
+        let config = &all["config"];
+        let count = |name: &str| config[name].as_u64().map(|count| count as usize);
+        let attention = Attention {
+            query: count("num_attention_heads"),
+            key: count("num_key_value_heads"),
+        };
+        let mut known = 0;
+        for (hub, told) in all["tensors"].as_object().unwrap() {
+            let Some(path) = hub.strip_suffix(".weight") else {
+                continue;
+            };
+            let told = told.get(0).unwrap_or(told);
+            let Some(original) = told["original"].as_str().or(told["gguf"].as_str()) else {
+                continue; // made by the converter
+            };
+            let found = find(path, false);
+            let found = found
+                .iter()
+                .filter(|m| m.family.name == *family && m.side == Side::Hub);
+            let found: Vec<_> = found.collect();
+            let [found] = found.as_slice() else {
+                assert!(found.is_empty(), "{file}: {hub}: {found:?}");
+                continue;
+            };
+            known += 1;
+            let name = found.name(Side::Other);
+            let wanted = ["weight", "in_proj_weight", "scale"]
+                .iter()
+                .find_map(|parameter| original.strip_suffix(&format!(".{parameter}")))
+                .unwrap_or(original);
+            assert!(
+                wanted == name || wanted.ends_with(&format!(".{name}")),
+                "{file}: {hub} is {wanted}, not {name}"
+            );
+            let rows = found.row.rows;
+            let transposed = told["transposed"] == true;
+            assert_eq!(rows == Rows::Transposed, transposed, "{file}: {hub}");
+            let shape: Vec<usize> = told["shape"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|size| size.as_u64().unwrap() as usize)
+                .collect();
+            // Of layers that are whole the script numbers four rows, so exchanged halves leave no trace.
+            let Some(told) = ranges(&told["rows"]) else {
+                let whole = [
+                    Rows::Whole,
+                    Rows::Transposed,
+                    Rows::Swapped,
+                    Rows::SwappedPair,
+                ];
+                assert!(whole.contains(&rows), "{file}: {hub}: {rows:?}");
+                continue;
+            };
+            let height = match rows {
+                Rows::Block { of, .. } => shape[0] * of,
+                Rows::Square { .. } => 7 * shape[1],
+                Rows::Rest { after } => shape[0] + after * shape[1],
+                _ => shape[0],
+            };
+            let ours = rows.ranges(height, shape[1], attention).unwrap();
+            let told = match all["architecture"].is_string() {
+                // llama.cpp's rows are told in its own order.
+                true => inverse(&rows_of(&told)),
+                false => rows_of(&told),
+            };
+            assert_eq!(rows_of(&ours), told, "{file}: {hub}");
+        }
+        assert!(known >= *least, "{file}: {known}");
+    }
+}
+
+#[test]
+fn adapters_and_models_of_llama_cpp_merge_as_their_originals_do() {
+    let values = |path: &std::path::Path| -> std::collections::BTreeMap<String, Vec<f64>> {
+        let file = TensorFile::open(path).unwrap();
+        let tensors = file.directory.tensors.iter();
+        tensors
+            .map(|tensor| (tensor.name.clone(), tensor.to_f64().unwrap()))
+            .collect()
+    };
+    for model in ["llama", "qwen2"] {
+        let file = |name: &str| fixture("formats/gguf").join(model).join(name);
+        for (base, adapter, expected, output) in [
+            ("base", "plain.gguf", "plain-merged.safetensors", "merged"),
+            ("base", "plain", "plain-merged.safetensors", "merged"),
+            (
+                "base-f32.gguf",
+                "plain.gguf",
+                "plain-merged.gguf",
+                "merged.gguf",
+            ),
+            ("base-f32.gguf", "plain", "plain-merged.gguf", "merged.gguf"),
+        ] {
+            let room = tempfile::tempdir().unwrap();
+            let output = room.path().join(output);
+            let options = options(&file(base), &file(adapter), &output);
+            merge(&options).unwrap_or_else(|e| panic!("{model}, {base}, {adapter}: {e:?}"));
+            let output = match output.is_dir() {
+                true => output.join("model.safetensors"),
+                false => output,
+            };
+            let (ours, theirs) = (values(&output), values(&file(expected)));
+            assert!(theirs.len() > 15);
+            for (name, theirs) in theirs {
+                let ours = &ours[&name];
+                let largest = theirs
+                    .iter()
+                    .fold(0.0, |all: f64, value| all.max(value.abs()));
+                let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6 * largest;
+                assert!(
+                    ours.iter().zip(&theirs).all(close),
+                    "{model}, {base}, {adapter}: {name}"
+                );
+            }
+        }
+    }
+}
