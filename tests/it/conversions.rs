@@ -117,3 +117,84 @@ fn an_adapter_of_llama_cpp_without_its_model_needs_to_be_told_which_it_is() {
         Kind::Usage
     );
 }
+
+#[test]
+fn what_is_written_for_llama_cpp_is_what_its_own_converter_writes() {
+    for model in ["llama", "qwen2"] {
+        let file = |name: &str| fixture("formats/gguf").join(model).join(name);
+        let room = tempfile::tempdir().unwrap();
+        let options = Options {
+            adapter: file("plain"),
+            to: "gguf".to_owned(),
+            output: room.path().join("adapter.gguf"),
+            base: Some(file("base")),
+            // A copy of the base's output layer, which the converter leaves out as well.
+            allow_losses: true,
+            ..Options::default()
+        };
+        let report = convert::plan(&options)
+            .unwrap()
+            .run(&Control::default())
+            .unwrap();
+        assert!(report.folded.is_empty());
+        let bytes = |path: &Path| {
+            let file = TensorFile::open(path).unwrap();
+            let tensors = file.directory.tensors.iter();
+            let all: BTreeMap<_, _> = tensors
+                .map(|tensor| (tensor.name.clone(), tensor.bytes().unwrap().into_owned()))
+                .collect();
+            let told = |key: &str| {
+                file.directory
+                    .metadata
+                    .iter()
+                    .find(|(name, _)| name == key)
+                    .cloned()
+            };
+            (
+                all,
+                told("adapter.lora.alpha"),
+                told("general.architecture"),
+            )
+        };
+        let (ours, theirs) = (bytes(&options.output), bytes(&file("plain.gguf")));
+        assert!(ours.0.len() >= 28);
+        assert_eq!(ours, theirs, "{model}");
+    }
+}
+
+#[test]
+fn names_that_stay_are_never_ambiguous() {
+    let room = tempfile::tempdir().unwrap();
+    let from = room.path().join("pytorch_lora_weights.safetensors");
+    // In FLUX.1, FLUX.2, SD3, HunyuanVideo and Qwen-Image alike.
+    let path = "transformer.transformer_blocks.0.attn.to_q";
+    let factor = |shape: [usize; 2]| crate::oracle::Stored {
+        dtype: loratool::tensor::DType::F32,
+        shape: shape.to_vec(),
+        bytes: vec![0; 4 * shape[0] * shape[1]],
+    };
+    let (down, up) = (
+        format!("{path}.lora_A.weight"),
+        format!("{path}.lora_B.weight"),
+    );
+    crate::support::write_safetensors(&from, &[(&down, factor([2, 6])), (&up, factor([6, 2]))]);
+    let plan = |to: &str| {
+        convert::plan(&Options {
+            adapter: from.clone(),
+            to: to.to_owned(),
+            output: room.path().join(to),
+            ..Options::default()
+        })
+    };
+    for to in ["diffusers", "diffusers-mid", "peft", "onetrainer"] {
+        assert_eq!(
+            plan(to).map(|plan| plan.report().modules).unwrap(),
+            1,
+            "{to}"
+        );
+    }
+    assert_eq!(
+        plan("kohya").map(drop).unwrap_err().kind(),
+        Kind::Unresolved
+    );
+}

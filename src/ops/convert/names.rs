@@ -173,15 +173,19 @@ impl Renaming<'_> {
         };
         let order = self.done.len() + self.waiting.len();
         // What names it: the family's tables first, because they tell the other name as well.
-        let found: Vec<Match> = matches(module)
+        let mut found: Vec<Match> = matches(module)
             .into_iter()
             .filter(|found| self.fits(found, parts))
             .collect();
+        let hub = |found: &Match| found.side == Side::Hub;
         // Text encoders have one name everywhere but in single files of latent diffusion.
         let layout = match parts.component {
             Some(component) if component.is_text => None,
             _ => self.layout,
         };
+        if layout.is_none() && found.iter().any(hub) {
+            found.retain(hub);
+        }
         let wanted = |found: &&Match| match layout {
             None => true,
             Some(layout) => found.family.layout == layout,
@@ -197,7 +201,10 @@ impl Renaming<'_> {
                 (Some(_), _) => vec![found.name(Side::Other)],
             };
             let same = |(known, first): &(Vec<String>, Match)| {
-                let rows = first.row.rows == found.row.rows || found.side == Side::Other;
+                // Rows count where a layer goes into another layout.
+                let rows = first.row.rows == found.row.rows
+                    || found.side == Side::Other
+                    || layout.is_none();
                 *known == all && first.side == found.side && rows
             };
             if !names.iter().any(same) {
