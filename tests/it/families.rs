@@ -172,3 +172,41 @@ fn adapters_and_models_of_llama_cpp_merge_as_their_originals_do() {
         }
     }
 }
+
+#[test]
+fn one_flux_in_any_spelling_becomes_what_diffusers_computes() {
+    for name in [
+        "xlabs",
+        "bfl-control",
+        "kohya",
+        "kohya-split",
+        "diffusers",
+        "diffusers-dora",
+        "diffusers-rslora",
+        "diffusers-patterns",
+        "diffusers-bare",
+    ] {
+        let file = |name: &str| fixture(&format!("formats/flux/{name}.safetensors"));
+        let room = tempfile::tempdir().unwrap();
+        let output = room.path().join("merged.safetensors");
+        merge(&options(&file("base"), &file(name), &output))
+            .unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        let ours = TensorFile::open(&output).unwrap();
+        let expected = TensorFile::open(file(&format!("{name}-changed"))).unwrap();
+        assert!(expected.directory.tensors.len() >= 8, "{name}");
+        for theirs in &expected.directory.tensors {
+            let ours = ours.tensor(&theirs.name).unwrap().to_f64().unwrap();
+            let theirs_values = theirs.to_f64().unwrap();
+            let largest = theirs_values
+                .iter()
+                .fold(0.0, |all: f64, value| all.max(value.abs()));
+            let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6 * largest;
+            assert_eq!(ours.len(), theirs_values.len());
+            assert!(
+                ours.iter().zip(&theirs_values).all(close),
+                "{name}: {}",
+                theirs.name
+            );
+        }
+    }
+}
