@@ -13,6 +13,46 @@ pub(crate) struct Pattern {
     engine: Engine,
 }
 
+/// Which of the modules a user wants.
+#[derive(Debug)]
+pub(crate) struct Choice {
+    only: Vec<Pattern>,
+    skip: Vec<Pattern>,
+}
+
+impl Choice {
+    /// Those that some pattern of `only` finds, or all if there is none, less those that one of `skip`
+    /// finds.
+    ///
+    /// # Errors
+    /// As [`Pattern::search`].
+    pub(crate) fn new(only: &[String], skip: &[String]) -> Result<Self> {
+        let patterns = |texts: &[String]| -> Result<Vec<Pattern>> {
+            texts.iter().map(|text| Pattern::search(text)).collect()
+        };
+        Ok(Choice {
+            only: patterns(only)?,
+            skip: patterns(skip)?,
+        })
+    }
+
+    /// Whether it is wanted.
+    ///
+    /// # Errors
+    /// As [`Pattern::matches`].
+    pub(crate) fn keeps(&self, path: &str) -> Result<bool> {
+        let any = |patterns: &[Pattern]| -> Result<bool> {
+            for pattern in patterns {
+                if pattern.matches(path)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        Ok((self.only.is_empty() || any(&self.only)?) && !any(&self.skip)?)
+    }
+}
+
 #[derive(Debug)]
 enum Engine {
     Linear(regex::Regex),

@@ -1,7 +1,7 @@
 //! `loratool convert`
 
 use clap::{Args, ValueEnum};
-use loratool::ops::convert::{self, Names, Options, Report, plan};
+use loratool::ops::convert::{Names, Options, Report, plan};
 use loratool::ops::merge::Control;
 use loratool::printable;
 
@@ -96,7 +96,6 @@ impl Convert {
             force: self.force,
             read: self.common.reading(),
         };
-        convert::format(&self.to)?;
         let plan = plan(&options)?;
         let stderr = Stderr::new();
         stderr.notices(&plan.report().notices);

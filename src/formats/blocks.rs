@@ -75,28 +75,3 @@ fn wrong(up: &Tensor, parts: &[(usize, bool)]) -> Error {
     );
     up.error(Reason::FactorShape { problem })
 }
-
-/// The transpose of a factor of two axes.
-///
-/// # Errors
-/// [`Reason::FactorShape`], [`Reason::AdapterType`].
-pub(super) fn transposed(tensor: &Tensor) -> Result<Tensor> {
-    let [rows, columns] = *tensor.shape else {
-        let problem = format!("two axes were expected, not {:?}", tensor.shape);
-        return Err(tensor.error(Reason::FactorShape { problem }));
-    };
-    let size = tensor.float()?.size();
-    let source = tensor.clone();
-    let made = move || {
-        let stored = source.bytes()?;
-        let mut turned = Vec::with_capacity(stored.len());
-        for column in 0..columns {
-            for row in 0..rows {
-                let at = (row * columns + column) * size;
-                turned.extend_from_slice(&stored[at..at + size]);
-            }
-        }
-        Ok(turned)
-    };
-    Ok(tensor.derived(tensor.dtype, vec![columns, rows], Arc::new(made)))
-}

@@ -24,6 +24,7 @@ pub(super) struct Diffusers {
     id: &'static str,
     name: &'static str,
     recognises: fn(&Found) -> bool,
+    write: fn(&Draft<'_>, &mut Written),
 }
 
 /// Attention processors: `….attn1.processor.to_q_lora.down.weight`.
@@ -35,6 +36,7 @@ pub(super) static OLD: Diffusers = Diffusers {
             .names()
             .any(|name| name.contains(".processor.") && name.contains("_lora."))
     },
+    write: |draft, written| folded(true, draft, written),
 };
 
 /// `….attn1.to_q.lora.down.weight`.
@@ -46,6 +48,7 @@ pub(super) static MID: Diffusers = Diffusers {
             name.ends_with(".lora.down.weight") || name.ends_with(".lora_linear_layer.down.weight")
         })
     },
+    write: |draft, written| folded(false, draft, written),
 };
 
 /// `….attn1.to_q.lora_A.weight`.
@@ -60,6 +63,7 @@ pub(super) static NEW: Diffusers = Diffusers {
                     && (name.contains(".lora_A.") || name.contains(".lora_down."))
             })
     },
+    write: with_metadata,
 };
 
 /// PEFT's configuration, as JSON in the header.
@@ -165,10 +169,7 @@ impl Writer for Diffusers {
             name: "pytorch_lora_weights.safetensors",
             ..Written::default()
         };
-        match self.id {
-            "diffusers" => with_metadata(draft, &mut written),
-            _ => folded(self.id == "diffusers-old", draft, &mut written),
-        }
+        (self.write)(draft, &mut written);
         written.lose_rest(draft);
         Ok(written)
     }
@@ -232,13 +233,9 @@ fn folded(processors: bool, draft: &Draft<'_>, written: &mut Written) {
     written.metadata = vec![("format".to_owned(), "pt".to_owned())];
     for named in &draft.modules {
         let item = &*named.module.path;
-        let Some(mut factors) = written.low_rank(named, false) else {
+        let Some(mut factors) = written.two_factors(named) else {
             continue;
         };
-        if factors.mid.is_some() || factors.bias.is_some() {
-            written.lose(item, "a Tucker core or a trained bias");
-            continue;
-        }
         let part = part(draft, named);
         let text = part.starts_with("text_encoder");
         let owner = match (processors, text) {

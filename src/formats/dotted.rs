@@ -20,6 +20,16 @@ pub(super) struct Dotted {
     name: &'static str,
     recognises: fn(&Found) -> bool,
     parse: fn(&str) -> Option<(String, Piece)>,
+    written: Option<Tails>,
+}
+
+/// What a format writes behind a path.
+#[derive(Clone, Copy)]
+enum Tails {
+    /// Those of kohya.
+    Kohya,
+    /// Those of PEFT, without an alpha; and the metadata that say which tool it was.
+    Peft { software: &'static str },
 }
 
 /// The names of the original model behind `diffusion_model.`, those of text encoders behind
@@ -34,6 +44,7 @@ pub(super) static COMFYUI: Dotted = Dotted {
         })
     },
     parse,
+    written: Some(Tails::Kohya),
 };
 
 /// The same names, or those of diffusers, as the metadata `software` says.
@@ -50,6 +61,9 @@ pub(super) static AI_TOOLKIT: Dotted = Dotted {
                 .any(|name| is_dotted(name) && parse(name).is_some())
     },
     parse,
+    written: Some(Tails::Peft {
+        software: r#"{"name": "ai-toolkit"}"#,
+    }),
 };
 
 /// OMI's names: the original model's, with the parts of fused layers numbered.
@@ -62,6 +76,7 @@ pub(super) static OMI: Dotted = Dotted {
         })
     },
     parse: |name| parse(name).map(|(path, piece)| (of_parts(path), piece)),
+    written: None, // the parts of fused layers are numbered
 };
 
 /// How paths start that no other format has.
@@ -91,10 +106,7 @@ impl Format for Dotted {
     }
 
     fn writer(&self) -> Option<&dyn Writer> {
-        match self.id {
-            "omi" => None, // its parts of fused layers are numbered
-            _ => Some(self),
-        }
+        self.written.map(|_| self as &dyn Writer)
     }
 
     fn read(&self, found: &Found, _options: &ReadOptions) -> Result<Adapter> {
@@ -128,31 +140,22 @@ impl Writer for Dotted {
         };
         for named in &draft.modules {
             if !draft.names_part(named) {
-                written.lose(
-                    &*named.module.path,
-                    "no prefix names its part of the pipeline",
-                );
+                written.lose_unnamed(named);
                 continue;
             }
             let owner = format!("{}{}", prefix(named), named.path);
-            if self.id == "comfyui" {
-                kohya::suffixed(draft, named, &mut written, |tail| format!("{owner}.{tail}"));
-                continue;
+            let key = |tail: &str| format!("{owner}.{tail}");
+            if let Some(Tails::Kohya) = self.written {
+                kohya::suffixed(draft, named, &mut written, key);
+            } else if let Some(mut factors) = written.two_factors(named) {
+                let by = factors.scale.value;
+                written.fold(draft, named, &mut factors, by);
+                written.put(draft, key("lora_A.weight"), &factors.down);
+                written.put(draft, key("lora_B.weight"), &factors.up);
             }
-            let Some(mut factors) = written.low_rank(named, false) else {
-                continue;
-            };
-            if factors.mid.is_some() || factors.bias.is_some() {
-                written.lose(&*named.module.path, "a Tucker core or a trained bias");
-                continue;
-            }
-            let by = factors.scale.value;
-            written.fold(draft, named, &mut factors, by);
-            written.put(draft, format!("{owner}.lora_A.weight"), &factors.down);
-            written.put(draft, format!("{owner}.lora_B.weight"), &factors.up);
         }
-        if self.id == "ai-toolkit" {
-            let software = r#"{"name": "ai-toolkit"}"#.to_owned();
+        if let Some(Tails::Peft { software }) = self.written {
+            let software = software.to_owned();
             written.metadata.push(("software".to_owned(), software));
         }
         written.lose_rest(draft);

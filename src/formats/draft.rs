@@ -67,6 +67,8 @@ pub struct Written {
     pub tensors: Vec<Tensor>,
     /// The metadata, where the container is safetensors.
     pub metadata: Vec<(String, String)>,
+    /// The key of the metadata that states the SHA-256 of all data, which is known last.
+    pub digest: Option<&'static str>,
     /// Makes the header, where the container is another.
     #[allow(clippy::type_complexity, reason = "a constructor of one header")]
     pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header>>>,
@@ -108,6 +110,12 @@ impl Written {
             item: item.into(),
             text: text.into(),
         });
+    }
+
+    /// Notes a module that no prefix can be written for.
+    pub(super) fn lose_unnamed(&mut self, named: &Named) {
+        let text = "no prefix names its part of the pipeline";
+        self.lose(&*named.module.path, text);
     }
 
     /// Notes weights that are widened as lost.
@@ -156,6 +164,16 @@ impl Written {
             input_magnitude: module.get(dora::INPUT_MAGNITUDE).cloned(),
             scale: module.scale,
         })
+    }
+
+    /// The factors of a LoRA that has two and nothing else; `None`, and a loss, otherwise.
+    pub(super) fn two_factors(&mut self, named: &Named) -> Option<LowRank> {
+        let factors = self.low_rank(named, false)?;
+        if factors.mid.is_some() || factors.bias.is_some() {
+            self.lose(&*named.module.path, "a Tucker core or a trained bias");
+            return None;
+        }
+        Some(factors)
     }
 
     /// Multiplies the up factor (and the bias) and notes it.

@@ -5,8 +5,7 @@
 //! is zero or missing. `lora_a` of the token embedding is stored transposed. Names and the order of rows are
 //! those of the weights in GGUF.
 
-use super::blocks::transposed;
-use super::draft::{self, Draft, Writer, Written};
+use super::draft::{Draft, Writer, Written, transposed};
 use super::peft::write::most_common;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
@@ -59,7 +58,12 @@ impl Format for Gguf {
             match pair {
                 Some(_) if tensor.shape.len() > 2 => experts.push(name.to_owned()),
                 Some((EMBEDDING, lora::DOWN)) => {
-                    let down = transposed(tensor)?;
+                    if tensor.shape.len() != 2 {
+                        let problem = format!("two axes were expected, not {:?}", tensor.shape);
+                        return Err(tensor.error(Reason::FactorShape { problem }));
+                    }
+                    tensor.float()?;
+                    let down = transposed(tensor);
                     pieces.add(EMBEDDING.to_owned(), Piece::Factor(lora::DOWN), &down);
                 }
                 Some((path, role)) => pieces.add(path.to_owned(), Piece::Factor(role), tensor),
@@ -139,7 +143,7 @@ impl Writer for Gguf {
             written.fold(draft, named, &mut factors, by);
             let key = |end: &str| format!("{}.weight.{end}", named.path);
             let down = match named.path.as_str() {
-                EMBEDDING => draft::transposed(&factors.down),
+                EMBEDDING => transposed(&factors.down),
                 _ => factors.down.clone(),
             };
             written.put(draft, key("lora_a"), &down);

@@ -4,7 +4,7 @@
 //! `lycoris/utils/__init__.py`. The first dot ends the module; alpha is a tensor of one element, and a
 //! module without it is scaled by 1.
 
-use super::draft::{Draft, Named, Writer, Written, number, reshaped};
+use super::draft::{Draft, Named, Writer, Written, number, reshaped, typed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary};
@@ -100,10 +100,7 @@ impl Writer for Kohya {
         };
         for named in &draft.modules {
             let Some(prefix) = prefix(draft, named) else {
-                written.lose(
-                    &*named.module.path,
-                    "no prefix names its part of the pipeline",
-                );
+                written.lose_unnamed(named);
                 continue;
             };
             let owner = format!("{prefix}{}", named.path.replace('.', "_"));
@@ -111,6 +108,7 @@ impl Writer for Kohya {
         }
         written.lose_rest(draft);
         written.metadata = metadata(draft, &written);
+        written.digest = Some("sshs_model_hash");
         Ok(written)
     }
 }
@@ -145,15 +143,14 @@ pub(super) fn suffixed(
         return written.lose(&*module.path, "LoRA on an embedding");
     }
     if module.method.name() == full::FULL.name() {
-        let norm = module
+        let is_norm = module
             .get(full::DIFFERENCE)
-            .is_none_or(|difference| difference.shape.len() == 1);
+            .is_some_and(|difference| difference.shape.len() == 1);
         for (role, whole, of_norm) in [
             (full::DIFFERENCE, "diff", "w_norm"),
             (full::BIAS_DIFFERENCE, "diff_b", "b_norm"),
         ] {
             if let Some(tensor) = module.get(role) {
-                let is_norm = norm && module.get(full::DIFFERENCE).is_some();
                 written.put(draft, key(if is_norm { of_norm } else { whole }), tensor);
             }
         }
@@ -171,7 +168,7 @@ pub(super) fn suffixed(
         written.put(draft, key("lora_mid.weight"), mid);
     }
     written.put(draft, key("lora_up.weight"), &factors.up);
-    let like = crate::formats::draft::typed(&factors.up, draft.dtype);
+    let like = typed(&factors.up, draft.dtype);
     written.put_as_is(key("alpha"), &number(&like, factors.alpha()));
     // The axis that is not 1 tells which norms they are.
     let axes = factors.down.shape.len().max(2);
@@ -188,7 +185,7 @@ pub(super) fn suffixed(
     }
 }
 
-/// What sd-scripts states about a network; `sshs_model_hash` is added when the bytes are known.
+/// What sd-scripts states about a network.
 fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
     let ranks = written
         .tensors

@@ -126,7 +126,7 @@ pub struct Found {
 }
 
 /// The name that PEFT, AdapterHub and MLX all use.
-const CONFIG: &str = "adapter_config.json";
+pub(crate) const CONFIG: &str = "adapter_config.json";
 
 /// Names of weight files in a folder, in the order of preference.
 const WEIGHTS: &[&str] = &[

@@ -60,10 +60,7 @@ impl Writer for OneTrainer {
         let unet = matches!(draft.family, Some("sd1" | "sdxl"));
         for named in &draft.modules {
             if !draft.names_part(named) {
-                written.lose(
-                    &*named.module.path,
-                    "no prefix names its part of the pipeline",
-                );
+                written.lose_unnamed(named);
                 continue;
             }
             let prefix = match named.component.filter(|component| component.is_text) {

@@ -131,6 +131,15 @@ pub fn split(path: &str, flattened: bool) -> InPart<'_> {
 }
 
 impl<'a> InPart<'a> {
+    /// A path that names no part.
+    pub(super) fn bare(path: &'a str) -> Self {
+        InPart {
+            component: None,
+            prefix: "",
+            path,
+        }
+    }
+
     /// The path, and its other spelling in a text encoder.
     pub fn spellings(self, flattened: bool) -> Vec<String> {
         let mut all = vec![self.path.to_owned()];

@@ -209,16 +209,12 @@ impl Resolver {
         paths.insert(path.to_owned());
         let mut found = BTreeSet::new();
         for path in &paths {
-            self.families_of(component::split(path, false), false, &mut found);
-            self.families_of(
-                InPart {
-                    component: None,
-                    prefix: "",
-                    path,
-                },
-                false,
-                &mut found,
-            );
+            let parts = component::split(path, false);
+            self.families_of(parts, false, &mut found);
+            if parts.component.is_some() {
+                // What looks like the name of a part may be a model's own.
+                self.families_of(InPart::bare(path), false, &mut found);
+            }
         }
         one_list(found)
     }

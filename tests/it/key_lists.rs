@@ -512,36 +512,29 @@ struct Spelled {
     up: &'static str,
 }
 
+const NAMES_OF_DIFFUSERS: &[&str] = &[
+    "transformer.transformer_blocks.1.attn.to_q",
+    "transformer.transformer_blocks.1.attn.to_k",
+    "transformer.transformer_blocks.1.attn.to_v",
+    "transformer.transformer_blocks.1.attn.to_out.0",
+    "transformer.single_transformer_blocks.2.attn.to_q",
+    "transformer.single_transformer_blocks.2.attn.to_k",
+    "transformer.single_transformer_blocks.2.attn.to_v",
+    "transformer.single_transformer_blocks.2.proj_out",
+];
+
 const SPELLED: &[Spelled] = &[
     Spelled {
         format: "diffusers (PEFT names)",
         metadata: "",
-        names: &[
-            "transformer.transformer_blocks.1.attn.to_q",
-            "transformer.transformer_blocks.1.attn.to_k",
-            "transformer.transformer_blocks.1.attn.to_v",
-            "transformer.transformer_blocks.1.attn.to_out.0",
-            "transformer.single_transformer_blocks.2.attn.to_q",
-            "transformer.single_transformer_blocks.2.attn.to_k",
-            "transformer.single_transformer_blocks.2.attn.to_v",
-            "transformer.single_transformer_blocks.2.proj_out",
-        ],
+        names: NAMES_OF_DIFFUSERS,
         down: ".lora_A.weight",
         up: ".lora_B.weight",
     },
     Spelled {
         format: "ai-toolkit",
         metadata: "ai-toolkit",
-        names: &[
-            "transformer.transformer_blocks.1.attn.to_q",
-            "transformer.transformer_blocks.1.attn.to_k",
-            "transformer.transformer_blocks.1.attn.to_v",
-            "transformer.transformer_blocks.1.attn.to_out.0",
-            "transformer.single_transformer_blocks.2.attn.to_q",
-            "transformer.single_transformer_blocks.2.attn.to_k",
-            "transformer.single_transformer_blocks.2.attn.to_v",
-            "transformer.single_transformer_blocks.2.proj_out",
-        ],
+        names: NAMES_OF_DIFFUSERS,
         down: ".lora_A.weight",
         up: ".lora_B.weight",
     },

@@ -3,7 +3,7 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_flux2_transformer_checkpoint_to_diffusers`).
 
-use super::{Family, Layout, Row, row, thirds, whole};
+use super::{Family, Layout, Row, joint_attention, row, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const FLUX2: Family = Family {
@@ -16,10 +16,12 @@ pub(super) const FLUX2: Family = Family {
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     let (hub, other) = ("transformer_blocks.*.", "double_blocks.*.");
-    let fused = ["attn.to_q", "attn.to_k", "attn.to_v"];
-    thirds(&mut rows, hub, fused, "double_blocks.*.img_attn.qkv");
-    let added = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"];
-    thirds(&mut rows, hub, added, "double_blocks.*.txt_attn.qkv");
+    joint_attention(
+        &mut rows,
+        hub,
+        "double_blocks.*.img_attn.qkv",
+        "double_blocks.*.txt_attn.qkv",
+    );
     let layers = [
         ("attn.to_out.0", "img_attn.proj"),
         ("attn.to_add_out", "txt_attn.proj"),

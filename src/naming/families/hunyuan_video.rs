@@ -3,7 +3,7 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_hunyuan_video_transformer_to_diffusers`).
 
-use super::{Family, Layout, Row, row, squares, thirds, whole};
+use super::{Family, Layout, PROJECTIONS, Row, joint_attention, row, squares, thirds, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const HUNYUAN_VIDEO: Family = Family {
@@ -16,10 +16,12 @@ pub(super) const HUNYUAN_VIDEO: Family = Family {
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     let (hub, other) = ("transformer_blocks.*.", "double_blocks.*.");
-    let fused = ["attn.to_q", "attn.to_k", "attn.to_v"];
-    thirds(&mut rows, hub, fused, "double_blocks.*.img_attn_qkv");
-    let added = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"];
-    thirds(&mut rows, hub, added, "double_blocks.*.txt_attn_qkv");
+    joint_attention(
+        &mut rows,
+        hub,
+        "double_blocks.*.img_attn_qkv",
+        "double_blocks.*.txt_attn_qkv",
+    );
     let layers = [
         ("attn.to_out.0", "img_attn_proj"),
         ("attn.to_add_out", "txt_attn_proj"),
@@ -36,7 +38,7 @@ fn rows() -> Vec<Row> {
     ];
     whole(&mut rows, hub, other, &layers);
     let (hub, other) = ("single_transformer_blocks.*.", "single_blocks.*.");
-    squares(&mut rows, hub, fused, "proj_mlp", "single_blocks.*.linear1");
+    squares(&mut rows, hub, "proj_mlp", "single_blocks.*.linear1");
     let layers = [
         ("proj_out", "linear2"),
         ("norm.linear", "modulation.linear"),
@@ -46,7 +48,12 @@ fn rows() -> Vec<Row> {
     whole(&mut rows, hub, other, &layers);
     let hub = "context_embedder.token_refiner.refiner_blocks.*.";
     let other = "txt_in.individual_token_refiner.blocks.*.";
-    thirds(&mut rows, hub, fused, &format!("{other}self_attn_qkv"));
+    thirds(
+        &mut rows,
+        hub,
+        PROJECTIONS,
+        &format!("{other}self_attn_qkv"),
+    );
     let layers = [
         ("attn.to_out.0", "self_attn_proj"),
         ("ff.net.0.proj", "mlp.fc1"),

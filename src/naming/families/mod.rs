@@ -97,9 +97,19 @@ fn thirds(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], other: &str) {
     }
 }
 
-/// Three blocks as tall as the layer is wide, and a rest.
-fn squares(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], rest: &str, other: &str) {
-    for (index, layer) in layers.into_iter().enumerate() {
+/// The projections of an attention of diffusers.
+const PROJECTIONS: [&str; 3] = ["attn.to_q", "attn.to_k", "attn.to_v"];
+
+/// The projections of an attention over image and text, fused for each of the two.
+fn joint_attention(rows: &mut Vec<Row>, hub: &str, image: &str, text: &str) {
+    thirds(rows, hub, PROJECTIONS, image);
+    let added = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"];
+    thirds(rows, hub, added, text);
+}
+
+/// Three projections as tall as the layer is wide, and a rest.
+fn squares(rows: &mut Vec<Row>, hub: &str, rest: &str, other: &str) {
+    for (index, layer) in PROJECTIONS.into_iter().enumerate() {
         rows.push(row(format!("{hub}{layer}"), other, Rows::Square { index }));
     }
     rows.push(row(format!("{hub}{rest}"), other, Rows::Rest { after: 3 }));

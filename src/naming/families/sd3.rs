@@ -4,7 +4,7 @@
 //! (`convert_sd3_transformer_checkpoint_to_diffusers`). The context of the last block is modulated by scale
 //! and shift alone, which change places; its layer is told by its height.
 
-use super::{Family, Layout, Row, row, thirds, whole};
+use super::{Family, Layout, Row, joint_attention, row, thirds, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const SD3: Family = Family {
@@ -17,13 +17,11 @@ pub(super) const SD3: Family = Family {
 fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     let (hub, other) = ("transformer_blocks.*.", "joint_blocks.*.");
-    let fused = ["attn.to_q", "attn.to_k", "attn.to_v"];
-    thirds(&mut rows, hub, fused, "joint_blocks.*.x_block.attn.qkv");
-    let added = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"];
-    thirds(
+    let image = "joint_blocks.*.x_block.attn.qkv";
+    joint_attention(
         &mut rows,
         hub,
-        added,
+        image,
         "joint_blocks.*.context_block.attn.qkv",
     );
     let second = ["attn2.to_q", "attn2.to_k", "attn2.to_v"];

@@ -11,9 +11,10 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::{Destination, OutputFile, Shape};
 use crate::containers::{Header, TensorFile, safetensors};
 use crate::error::{Error, Reason, Result};
-use crate::formats::{Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
+use crate::formats::{CONFIG, Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
+use crate::naming::families::Layout;
 use crate::notice::Notice;
-use crate::pattern::Pattern;
+use crate::pattern::Choice;
 use crate::tensor::{DType, Float, Tensor};
 
 mod names;
@@ -136,8 +137,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
     found.file.verify()?;
     let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
     select(&mut adapter, options)?;
-    let written = write(&adapter, target, base.as_ref(), options)?;
-    let (mut written, family) = written;
+    let (mut written, family) = write(&adapter, target, base.as_ref(), options)?;
     // As safetensors lays them out: the widest types first, so that all of them are aligned.
     written.tensors.sort_by(|a, b| {
         b.dtype
@@ -172,20 +172,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         let name = twice[0].to_owned();
         return Err(Error::new(Reason::OutputNameTwice { name }).in_file(&options.adapter));
     }
-    let header = match &written.header {
-        Some(header) => header(&written.tensors)?,
-        None => {
-            let entries: Vec<(&str, DType, &[usize])> = written
-                .tensors
-                .iter()
-                .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-                .collect();
-            Header {
-                bytes: safetensors::header(&written.metadata, &entries)?,
-                alignment: 1,
-            }
-        }
-    };
+    let header = header(&written)?;
     let extension = Path::new(written.name).extension();
     let as_file = !written.folder
         && options
@@ -249,7 +236,7 @@ fn write(
     let family = names::family(adapter, base, options.family.as_deref())?;
     let layout = match options.names {
         Some(Names::Hub) => None,
-        Some(Names::Original) => Some(crate::naming::families::Layout::Original),
+        Some(Names::Original) => Some(Layout::Original),
         None => writer.layout(family),
     };
     let draft = Draft {
@@ -263,24 +250,10 @@ fn write(
 }
 
 fn select(adapter: &mut Adapter, options: &Options) -> Result<()> {
-    let patterns = |texts: &[String]| -> Result<Vec<Pattern>> {
-        texts.iter().map(|text| Pattern::search(text)).collect()
-    };
-    let (only, skip) = (patterns(&options.only)?, patterns(&options.skip)?);
-    let any = |patterns: &[Pattern], path: &str| -> Result<bool> {
-        for pattern in patterns {
-            if pattern.matches(path)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    };
-    let wanted = |path: &str| -> Result<bool> {
-        Ok((only.is_empty() || any(&only, path)?) && !any(&skip, path)?)
-    };
+    let choice = Choice::new(&options.only, &options.skip)?;
     let mut failed = None;
     let mut keep = |path: &str| {
-        wanted(path).unwrap_or_else(|error| {
+        choice.keeps(path).unwrap_or_else(|error| {
             failed.get_or_insert(error);
             false
         })
@@ -341,7 +314,7 @@ impl Plan {
         let path = file.finish()?;
         if let Some(config) = &self.written.config {
             let text = serde_json::to_string_pretty(config).unwrap_or_default();
-            let mut file = sink.create("adapter_config.json")?;
+            let mut file = sink.create(CONFIG)?;
             file.write(text.as_bytes())?;
             file.write(b"\n")?;
             file.finish()?;
@@ -359,12 +332,11 @@ impl Plan {
         Ok(self.report)
     }
 
-    /// sd-scripts' hash of everything behind the header, for files that state a network.
+    /// States the hash of everything behind the header, where the format has a place for it.
     fn hash(&mut self) -> Result<()> {
-        let states = |key: &str| self.written.metadata.iter().any(|(name, _)| name == key);
-        if !states("ss_network_module") {
+        let Some(key) = self.written.digest else {
             return Ok(());
-        }
+        };
         let mut hasher = Sha256::new();
         for tensor in &self.written.tensors {
             hasher.update(&tensor.bytes()?);
@@ -374,20 +346,28 @@ impl Plan {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        self.written
-            .metadata
-            .push(("sshs_model_hash".to_owned(), digest));
-        let entries: Vec<(&str, DType, &[usize])> = self
-            .written
-            .tensors
-            .iter()
-            .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-            .collect();
+        self.written.metadata.push((key.to_owned(), digest));
         let before = self.header.bytes.len() as u64;
-        self.header.bytes = safetensors::header(&self.written.metadata, &entries)?;
+        self.header = header(&self.written)?;
         self.report.bytes = self.report.bytes - before + self.header.bytes.len() as u64;
         Ok(())
     }
+}
+
+/// What stands before the data.
+fn header(written: &Written) -> Result<Header> {
+    if let Some(header) = &written.header {
+        return header(&written.tensors);
+    }
+    let entries: Vec<(&str, DType, &[usize])> = written
+        .tensors
+        .iter()
+        .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+        .collect();
+    Ok(Header {
+        bytes: safetensors::header(&written.metadata, &entries)?,
+        alignment: 1,
+    })
 }
 
 /// Copies what lies in the file; makes what does not.

@@ -14,9 +14,9 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
-use crate::naming::{Place, Resolution, Resolver, Rows, Spelling};
+use crate::naming::{Attention, Place, Resolution, Resolver, Rows, Spelling};
 use crate::notice::{Notice, NoticeKind};
-use crate::pattern::Pattern;
+use crate::pattern::Choice;
 use crate::printable::acts_on_a_terminal;
 use crate::tensor::{Float, Tensor, elements};
 
@@ -72,8 +72,8 @@ struct Planner<'a> {
     base: &'a Checkpoint,
     adapters: &'a [Opened],
     options: &'a Options,
-    only: Vec<Pattern>,
-    skip: Vec<Pattern>,
+    choice: Choice,
+    attention: Attention,
     tensors: Vec<PlannedTensor>,
     by_name: HashMap<String, usize>,
     resolver: Resolver,
@@ -86,12 +86,6 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn new(options: &'a Options, base: &'a Checkpoint, adapters: &'a [Opened]) -> Result<Self> {
-        let patterns = |texts: &[String]| {
-            texts
-                .iter()
-                .map(|text| Pattern::search(text))
-                .collect::<Result<Vec<_>>>()
-        };
         let mut edits = Vec::new();
         let mut tensors = replicate(base, adapters, &mut edits)?;
         let ties = embeddings::Ties::find(base, adapters, &mut tensors)?;
@@ -104,8 +98,8 @@ impl<'a> Planner<'a> {
             base,
             adapters,
             options,
-            only: patterns(&options.only)?,
-            skip: patterns(&options.skip)?,
+            choice: Choice::new(&options.only, &options.skip)?,
+            attention: attention(base),
             resolver: Resolver::new(by_name.keys().cloned()).of_architecture(architecture(base)),
             tensors,
             by_name,
@@ -131,24 +125,12 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn is_selected(&self, path: &str) -> Result<bool> {
-        let any = |patterns: &[Pattern]| -> Result<bool> {
-            for pattern in patterns {
-                if pattern.matches(path)? {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        };
-        Ok((self.only.is_empty() || any(&self.only)?) && !any(&self.skip)?)
-    }
-
     /// Whole tensors take the place of the base's before any delta is added.
     fn replacements(&mut self, index: usize) -> Result<()> {
         let adapters = self.adapters;
         let opened = &adapters[index];
         for replacement in &opened.adapter.replacements {
-            if !self.is_selected(&replacement.name)? {
+            if !self.choice.keeps(&replacement.name)? {
                 continue;
             }
             self.selected += 1;
@@ -296,7 +278,7 @@ impl<'a> Planner<'a> {
     fn paddings(&mut self, index: usize) -> Result<()> {
         let adapters = self.adapters;
         for padding in &adapters[index].adapter.paddings {
-            if !self.is_selected(&padding.path)? {
+            if !self.choice.keeps(&padding.path)? {
                 continue;
             }
             let places = match self.resolver.resolve(&padding.path, padding.spelling) {
@@ -363,7 +345,7 @@ impl<'a> Planner<'a> {
         let opened = &adapters[index];
         let mut problems = Vec::new();
         for (number, module) in opened.adapter.modules.iter().enumerate() {
-            if !self.is_selected(&module.path)? {
+            if !self.choice.keeps(&module.path)? {
                 continue;
             }
             self.selected += 1;
@@ -396,12 +378,12 @@ impl<'a> Planner<'a> {
         let target = self.by_name[name];
         let shape = self.tensors[target].shape.clone();
         let extent = module.method.extent(module);
-        let attention = attention(self.base);
+        let attention = self.attention;
         let is_expert = matches!(place.rows, Rows::Expert { .. });
         let areas = Area::all(place, &shape, &extent, attention)
             .filter(|_| !is_expert || stacks_outputs_first(self.base, name));
         let Some(areas) = areas else {
-            if place.rows.needs_heads() && attention == Default::default() {
+            if place.rows.needs_heads() && attention == Attention::default() {
                 let tensor = name.to_owned();
                 return Err(module.error(Reason::HeadsUnknown { tensor }));
             }
@@ -560,7 +542,7 @@ impl<'a> Planner<'a> {
     fn tokens(&mut self, index: usize) -> Result<()> {
         let adapters = self.adapters;
         for tokens in &adapters[index].adapter.tokens {
-            if !self.is_selected(&tokens.path)? {
+            if !self.choice.keeps(&tokens.path)? {
                 continue;
             }
             self.selected += 1;
