@@ -92,6 +92,44 @@ fn every_golden_of_peft_merges_alike_in_every_format_that_can_say_it() {
 }
 
 #[test]
+fn rows_of_an_adapter_of_llama_cpp_are_not_guessed_for_a_model_that_is_not_known() {
+    let room = tempfile::tempdir().unwrap();
+    let file = |name: &str| fixture("formats/gguf/llama").join(name);
+    let base = room.path().join("base");
+    std::fs::create_dir(&base).unwrap();
+    std::fs::copy(
+        file("base/model.safetensors"),
+        base.join("model.safetensors"),
+    )
+    .unwrap();
+    let replaced = |name: &str, to: &Path| {
+        let mut bytes = std::fs::read(file(name)).unwrap();
+        let places: Vec<usize> = (0..bytes.len() - 5)
+            .filter(|at| &bytes[*at..at + 5] == b"llama")
+            .collect();
+        assert!(!places.is_empty());
+        for at in places {
+            bytes[at..at + 5].copy_from_slice(b"other");
+        }
+        std::fs::write(to, bytes).unwrap();
+    };
+    replaced("base/config.json", &base.join("config.json"));
+    // The adapter says what it is.
+    let output = room.path().join("converted");
+    convert(&file("plain.gguf"), "peft", &base, &output).unwrap();
+    // Nothing does.
+    let adapter = room.path().join("other.gguf");
+    replaced("plain.gguf", &adapter);
+    let output = room.path().join("none");
+    let error = convert(&adapter, "peft", &base, &output).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unresolved);
+    // Its name is the same in every architecture.
+    let mut cases = error.cases().iter();
+    assert!(cases.any(|case| case.starts_with("blk.0.attn_q: ")));
+    assert!(!output.exists());
+}
+
+#[test]
 fn an_adapter_of_llama_cpp_without_its_model_needs_to_be_told_which_it_is() {
     let room = tempfile::tempdir().unwrap();
     let from = fixture("peft/cases/lora_all_linear/adapter");

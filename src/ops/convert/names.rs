@@ -23,15 +23,17 @@ pub(super) fn family(
     named: Option<&str>,
 ) -> Result<Option<&'static str>> {
     let stated = adapter.facts.other.get("general.architecture").cloned();
-    let told = base.and_then(architecture).or(stated);
-    let told = told.as_deref().filter(|told| {
+    let is_known = |told: &String| {
         let of_llama_cpp = |family: &&Family| family.layout == Layout::Gguf;
         FAMILIES
             .iter()
             .filter(of_llama_cpp)
             .any(|family| family.name == *told)
-    });
-    if let Some(named) = named.or(told) {
+    };
+    // llama.cpp has more models under one architecture than `architecture` knows; the adapter says it.
+    let told = base.and_then(architecture).filter(is_known);
+    let told = told.or(stated.filter(is_known));
+    if let Some(named) = named.or(told.as_deref()) {
         let found = FAMILIES.iter().find(|family| family.name == named);
         return found.map(|family| Some(family.name)).ok_or_else(|| {
             let mut all: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
@@ -85,6 +87,16 @@ pub(super) fn family(
         [only] => Some(only),
         _ => None,
     })
+}
+
+/// The rows that count where a layer goes from one layout into another: models of llama.cpp have the same
+/// names and differ in them.
+fn moved(layout: Option<Layout>, found: &Match) -> Vec<Rows> {
+    match (layout, found.side) {
+        (None, Side::Other) => found.siblings().iter().map(|part| part.row.rows).collect(),
+        (Some(_), Side::Hub) => vec![found.row.rows],
+        (None, Side::Hub) | (Some(_), Side::Other) => Vec::new(),
+    }
 }
 
 fn matches(module: &Module) -> Vec<Match> {
@@ -201,10 +213,7 @@ impl Renaming<'_> {
                 (Some(_), _) => vec![found.name(Side::Other)],
             };
             let same = |(known, first): &(Vec<String>, Match)| {
-                // Rows count where a layer goes into another layout.
-                let rows = first.row.rows == found.row.rows
-                    || found.side == Side::Other
-                    || layout.is_none();
+                let rows = moved(layout, first) == moved(layout, found);
                 *known == all && first.side == found.side && rows
             };
             if !names.iter().any(same) {
@@ -227,7 +236,10 @@ impl Renaming<'_> {
             }
             [(all, found)] => self.by_family(module, (layout, &all[0]), found, order, named),
             several => {
-                let all: Vec<String> = several.iter().map(|(all, _)| all.join(" + ")).collect();
+                let name = |(all, found): &(Vec<String>, Match)| {
+                    format!("{} ({})", all.join(" + "), found.family.name)
+                };
+                let all: Vec<String> = several.iter().map(name).collect();
                 let case = format!("{}: {}", module.path, all.join(", or "));
                 self.ambiguous.push(case);
                 Ok(())
