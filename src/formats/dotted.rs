@@ -11,7 +11,7 @@ use super::{Format, Found, ReadOptions, Summary, diffusers, kohya};
 use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::naming::families::{self, Layout, Side};
-use crate::naming::path::without_wrappers;
+use crate::naming::path::{number, without_wrappers};
 use crate::naming::{Spelling, component};
 
 /// One of the formats.
@@ -214,8 +214,8 @@ fn of_kohya(name: &str) -> Option<(&str, Piece)> {
 /// `img_in.proj`, which is `img_in`.
 fn of_parts(path: String) -> String {
     let parts = component::split(&path, false);
-    let part = parts.path.rsplit_once('.').and_then(|(fused, number)| {
-        let number: usize = number.parse().ok()?;
+    let part = parts.path.rsplit_once('.').and_then(|(fused, digits)| {
+        let number = number(digits)?;
         let found = families::find(fused, false);
         let fused = found.iter().filter(|m| m.side == Side::Other);
         fused.map(|m| m.siblings()).find_map(|parts| {

@@ -28,6 +28,18 @@ pub fn leaf(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
+/// A number as names of layers have it: digits alone, without a sign or leading zeros.
+///
+/// ```
+/// use loratool::naming::path::number;
+/// assert_eq!(number("12"), Some(12));
+/// assert_eq!((number("+1"), number("01")), (None, None));
+/// ```
+pub fn number(segment: &str) -> Option<usize> {
+    let number: usize = segment.parse().ok()?;
+    (number.to_string() == segment).then_some(number)
+}
+
 /// The path with every number replaced by `*`, so that the same module of all layers has one name.
 ///
 /// ```

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 use super::component::{self, Flattened, InPart};
 use super::families::{self, Layout, Match, Side};
-use super::path::leaf;
+use super::path::{leaf, number};
 use super::rows::Rows;
 
 /// How the path of a module is spelled.
@@ -269,7 +269,7 @@ impl Resolver {
             })
         };
         match matched.side {
-            Side::Hub => find(&matched.name(Side::Other), matched.row.rows, false).map(|p| vec![p]),
+            Side::Hub => find(&matched.name(Side::Other), matched.rows()?, false).map(|p| vec![p]),
             Side::Other => {
                 let all = matched.siblings();
                 let places = all
@@ -306,7 +306,7 @@ impl Resolver {
         }
         let (owner, part) = path.rsplit_once('.')?;
         let (owner, expert) = owner.rsplit_once('.')?;
-        let expert = expert.parse().ok().filter(|_| leaf(owner) == "experts")?;
+        let expert = number(expert).filter(|_| leaf(owner) == "experts")?;
         let (_, fused, part, of) = EXPERT_PARTS.iter().find(|(name, ..)| *name == part)?;
         let tensor = join(owner, fused);
         let rows = Rows::Expert {
@@ -487,6 +487,47 @@ mod tests {
         let found = base.resolve_parameter("model.layers.0.block_sparse_moe.gate", "weight");
         let gate = Place::whole("model.layers.0.mlp.gate.weight");
         assert_eq!(found, Resolution::Renamed(vec![gate]));
+    }
+
+    #[test]
+    fn single_experts_land_in_the_stacks_of_llama_cpp() {
+        let base = Resolver::new(["blk.1.ffn_up_exps.weight", "blk.1.ffn_gate_inp.weight"]);
+        let found = |path: &str| base.resolve(path, Spelling::Dotted);
+        let place = Place {
+            rows: Rows::Expert {
+                expert: 12,
+                part: 0,
+                of: 1,
+            },
+            ..Place::whole("blk.1.ffn_up_exps.weight")
+        };
+        for path in [
+            "model.layers.1.block_sparse_moe.experts.12.w3",
+            "model.layers.1.mlp.experts.12.up_proj",
+        ] {
+            assert_eq!(
+                found(path),
+                Resolution::Exact(vec![place.clone()]),
+                "{path}"
+            );
+        }
+        assert_eq!(
+            found("model.layers.1.mlp.gate"),
+            Resolution::Exact(self::place("blk.1.ffn_gate_inp.weight"))
+        );
+    }
+
+    #[test]
+    fn numbers_of_experts_are_digits_without_leading_zeros() {
+        let base = Resolver::new([
+            "model.layers.0.mlp.experts.down_proj",
+            "blk.0.ffn_down_exps.weight",
+        ]);
+        for expert in ["+3", "03", "-3", "", "99999999999999999999999"] {
+            let path = format!("model.layers.0.mlp.experts.{expert}.down_proj");
+            let found = base.resolve(&path, Spelling::Dotted);
+            assert_eq!(found, Resolution::Unresolved, "{expert}");
+        }
     }
 
     #[test]

@@ -47,6 +47,9 @@ pub enum Rows {
     PerHead(Heads),
     /// For each key head its queries, the key and the value (Falcon's new decoder).
     PerGroup(Heads),
+    /// All rows: the module has its queries, the key and the value for each key head, the tensor all
+    /// queries, then all keys, then all values (GPT-NeoX, Bloom and Falcon in GGUF).
+    Regrouped,
 }
 
 /// Which heads of an attention.
@@ -71,7 +74,9 @@ pub struct Attention {
 
 impl Attention {
     fn pair(self) -> Option<(usize, usize)> {
-        let query = self.query.filter(|count| *count > 0)?;
+        // No model has as many heads; their sums cannot overflow.
+        const MOST: usize = 1 << 16;
+        let query = self.query.filter(|count| (1..=MOST).contains(count))?;
         let key = self.key.unwrap_or(query);
         (key > 0 && query % key == 0).then_some((query, key))
     }
@@ -82,7 +87,11 @@ impl Rows {
     pub fn needs_heads(self) -> bool {
         matches!(
             self,
-            Rows::Pairs(_) | Rows::Stacked(_) | Rows::PerHead(_) | Rows::PerGroup(_)
+            Rows::Pairs(_)
+                | Rows::Stacked(_)
+                | Rows::PerHead(_)
+                | Rows::PerGroup(_)
+                | Rows::Regrouped
         )
     }
 
@@ -167,6 +176,21 @@ impl Rows {
                 };
                 strided(key, queries + 2, first, count)
             }
+            Rows::Regrouped => {
+                let (query, key) = attention.pair()?;
+                let (queries, all) = (query / key, query + 2 * key);
+                let size = rows / all;
+                let heads = |first: usize, count: usize| first * size..(first + count) * size;
+                let group = |group: usize| {
+                    [
+                        heads(group * queries, queries),
+                        heads(query + group, 1),
+                        heads(query + key + group, 1),
+                    ]
+                };
+                let exact = size > 0 && size * all == rows;
+                exact.then(|| (0..key).flat_map(group).collect())
+            }
         }
     }
 }
@@ -201,6 +225,31 @@ mod tests {
                 .collect();
             rows.sort_unstable();
             assert_eq!(rows, (0..24).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn groups_of_heads_are_taken_from_blocks_of_one_kind() {
+        let rows = Rows::Regrouped.ranges(16, 4, GROUPED);
+        let expected = vec![0..4, 8..10, 12..14, 4..8, 10..12, 14..16];
+        assert_eq!(rows, Some(expected));
+        assert_eq!(Rows::Regrouped.ranges(15, 4, GROUPED), None);
+    }
+
+    #[test]
+    fn absurd_numbers_of_heads_have_no_parts() {
+        let absurd = Attention {
+            query: Some(usize::MAX),
+            key: Some(1),
+        };
+        for rows in [
+            Rows::Pairs(Heads::Query),
+            Rows::Stacked(Heads::Key),
+            Rows::PerHead(Heads::Key),
+            Rows::PerGroup(Heads::Key),
+            Rows::Regrouped,
+        ] {
+            assert_eq!(rows.ranges(24, 8, absurd), None, "{rows:?}");
         }
     }
 

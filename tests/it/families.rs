@@ -8,7 +8,9 @@ use loratool::naming::families::{Side, find};
 use loratool::naming::{Attention, Rows};
 use serde_json::Value;
 
-use crate::support::{fixture, merge, options};
+use crate::hostile_support::Room;
+use crate::oracle::{Stored, read};
+use crate::support::{Random, fixture, merge, options, write_adapter, write_base};
 
 /// The file, the family, and how many layers it names at least.
 const FAMILIES: &[(&str, &str, usize)] = &[
@@ -28,6 +30,16 @@ const FAMILIES: &[(&str, &str, usize)] = &[
     ("mistral-gguf", "llama", 17),
     ("qwen2-gguf", "qwen2", 17),
     ("qwen3-gguf", "qwen3", 17),
+    ("mixtral-gguf", "llama", 30),
+    ("qwen2moe-gguf", "qwen2moe", 40),
+    ("gemma2-gguf", "gemma2", 15),
+    ("gemma3-gguf", "gemma3", 14),
+    ("phi3-gguf", "phi3", 15),
+    ("starcoder2-gguf", "starcoder2", 18),
+    ("gptneox-gguf", "gptneox", 15),
+    ("bloom-gguf", "bloom", 15),
+    ("falcon-gguf", "falcon", 10),
+    ("falcon-new-gguf", "falcon", 10),
 ];
 
 fn ranges(value: &Value) -> Option<Vec<Range<usize>>> {
@@ -57,8 +69,8 @@ fn every_family_places_layers_as_the_peers_converters_do() {
         let config = &all["config"];
         let count = |name: &str| config[name].as_u64().map(|count| count as usize);
         let attention = Attention {
-            query: count("num_attention_heads"),
-            key: count("num_key_value_heads"),
+            query: count("num_attention_heads").or(count("n_head")),
+            key: count("num_key_value_heads").or(count("num_kv_heads")),
         };
         let mut known = 0;
         for (hub, told) in all["tensors"].as_object().unwrap() {
@@ -88,7 +100,17 @@ fn every_family_places_layers_as_the_peers_converters_do() {
                 wanted == name || wanted.ends_with(&format!(".{name}")),
                 "{file}: {hub} is {wanted}, not {name}"
             );
-            let rows = found.row.rows;
+            let rows = found.rows().unwrap();
+            if let Rows::Expert { expert, .. } = rows {
+                assert_eq!(
+                    told["expert"].as_u64(),
+                    Some(expert as u64),
+                    "{file}: {hub}"
+                );
+                assert!(told.get("rows").is_none() && told.get("at").is_none());
+                continue;
+            }
+            assert!(told.get("expert").is_none(), "{file}: {hub}");
             let transposed = told["transposed"] == true;
             assert_eq!(rows == Rows::Transposed, transposed, "{file}: {hub}");
             let shape: Vec<usize> = told["shape"]
@@ -105,7 +127,11 @@ fn every_family_places_layers_as_the_peers_converters_do() {
                     Rows::Swapped,
                     Rows::SwappedPair,
                 ];
-                assert!(whole.contains(&rows), "{file}: {hub}: {rows:?}");
+                // With one key head there is one group, which is in the order of kinds.
+                let regrouped = || rows.ranges(shape[0], shape[1], attention).unwrap();
+                let same = rows == Rows::Regrouped
+                    && rows_of(&regrouped()) == (0..shape[0]).collect::<Vec<_>>();
+                assert!(same || whole.contains(&rows), "{file}: {hub}: {rows:?}");
                 continue;
             };
             let height = match rows {
@@ -209,4 +235,114 @@ fn one_flux_in_any_spelling_becomes_what_diffusers_computes() {
             );
         }
     }
+}
+
+/// Rows of a matrix, or slices of a stack, in another order.
+fn picked(from: &Stored, rows: &[usize]) -> Stored {
+    let line = from.bytes.len() / from.shape[0];
+    let mut shape = from.shape.clone();
+    shape[0] = rows.len();
+    Stored {
+        dtype: from.dtype,
+        shape,
+        bytes: rows
+            .iter()
+            .flat_map(|row| from.bytes[row * line..][..line].to_vec())
+            .collect(),
+    }
+}
+
+fn random(random: &mut Random, shape: &[usize]) -> Stored {
+    let values = random.floats(shape.iter().product());
+    Stored::of(loratool::tensor::DType::F32, shape, &values)
+}
+
+/// An adapter of rank 2 for one layer.
+fn adapter(room: &Room, numbers: &mut Random, path: &str, outputs: usize, inputs: usize) {
+    let config = serde_json::json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 3 });
+    let key = |factor: &str| format!("base_model.model.{path}.lora_{factor}.weight");
+    let down = random(numbers, &[2, inputs]);
+    let up = random(numbers, &[outputs, 2]);
+    let tensors = [(&*key("A"), down), (&*key("B"), up)];
+    write_adapter(&room.path("adapter"), &config, &tensors);
+}
+
+fn merged(room: &Room, base: &str, tensor: &str) -> Stored {
+    let output = room.path(&format!("{base} merged"));
+    merge(&options(&room.path(base), &room.path("adapter"), &output)).unwrap();
+    read(&output.join("model.safetensors"))[tensor].clone()
+}
+
+#[test]
+fn fused_layers_that_llama_cpp_keeps_by_kind_get_the_rows_of_every_head() {
+    let falcon = |keys: usize, multi_query: bool, new: bool| {
+        serde_json::json!({
+            "model_type": "falcon", "num_attention_heads": 4, "num_kv_heads": keys,
+            "multi_query": multi_query, "new_decoder_architecture": new,
+        })
+    };
+    let neox = serde_json::json!({ "model_type": "gpt_neox", "num_attention_heads": 4 });
+    let by_head = [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11];
+    let falcon_layer = "transformer.h.0.self_attention.query_key_value";
+    // Where each head of GGUF is on the hub.
+    for (config, path, heads) in [
+        (
+            neox,
+            "gpt_neox.layers.0.attention.query_key_value",
+            &by_head[..],
+        ),
+        (falcon(4, false, false), falcon_layer, &by_head),
+        (
+            falcon(2, true, true),
+            falcon_layer,
+            &[0, 1, 4, 5, 2, 6, 3, 7],
+        ),
+        // There its number of keys says nothing.
+        (falcon(4, true, false), falcon_layer, &[0, 1, 2, 3, 4, 5]),
+    ] {
+        let room = Room::new();
+        let numbers = &mut Random(7);
+        let size = 2;
+        let rows: Vec<usize> = heads
+            .iter()
+            .flat_map(|head| head * size..(head + 1) * size)
+            .collect();
+        let hub = random(numbers, &[rows.len(), 6]);
+        let (name, other) = (format!("{path}.weight"), "blk.0.attn_qkv.weight");
+        let fused = picked(&hub, &rows);
+        write_base(&room.path("hub"), Some(&config), &[(&name, hub.clone())]);
+        write_base(
+            &room.path("llama.cpp"),
+            Some(&config),
+            &[(other, fused.clone())],
+        );
+        adapter(&room, numbers, path, rows.len(), 6);
+        let expected = picked(&merged(&room, "hub", &name), &rows);
+        let found = merged(&room, "llama.cpp", other);
+        assert_ne!(found.bytes, fused.bytes);
+        assert_eq!(found.bytes, expected.bytes, "{config}");
+    }
+}
+
+#[test]
+fn an_expert_changes_its_slice_of_a_stack_of_llama_cpp_and_no_other() {
+    let room = Room::new();
+    let numbers = &mut Random(8);
+    let path = "model.layers.0.block_sparse_moe.experts.1.w1";
+    let stack = random(numbers, &[3, 4, 6]);
+    let slice = Stored {
+        shape: vec![4, 6],
+        ..picked(&stack, &[1])
+    };
+    let (name, other) = (format!("{path}.weight"), "blk.0.ffn_gate_exps.weight");
+    write_base(&room.path("hub"), None, &[(&name, slice)]);
+    write_base(&room.path("llama.cpp"), None, &[(other, stack.clone())]);
+    adapter(&room, numbers, path, 4, 6);
+    let found = merged(&room, "llama.cpp", other);
+    assert_eq!(found.shape, [3, 4, 6]);
+    let one = |stack: &Stored, slice: usize| picked(stack, &[slice]).bytes;
+    assert_eq!(one(&found, 1), merged(&room, "hub", &name).bytes);
+    assert_ne!(one(&found, 1), one(&stack, 1));
+    assert_eq!(one(&found, 0), one(&stack, 0));
+    assert_eq!(one(&found, 2), one(&stack, 2));
 }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
+use super::path;
 use super::rows::Rows;
 
 mod anima;
@@ -13,6 +14,7 @@ mod flux1;
 mod flux2;
 mod hunyuan_video;
 mod llama_gguf;
+mod neox_gguf;
 mod openclip;
 mod qwen_image;
 mod sd3;
@@ -76,6 +78,15 @@ pub static FAMILIES: &[Family] = &[
     llama_gguf::LLAMA_GGUF,
     llama_gguf::QWEN2_GGUF,
     llama_gguf::QWEN3_GGUF,
+    llama_gguf::QWEN2MOE_GGUF,
+    llama_gguf::QWEN3MOE_GGUF,
+    llama_gguf::GEMMA2_GGUF,
+    llama_gguf::GEMMA3_GGUF,
+    llama_gguf::PHI3_GGUF,
+    llama_gguf::STARCODER2_GGUF,
+    neox_gguf::GPTNEOX_GGUF,
+    neox_gguf::BLOOM_GGUF,
+    neox_gguf::FALCON_GGUF,
 ];
 
 /// Layers that are whole under both names, below a path of either side.
@@ -115,8 +126,28 @@ fn squares(rows: &mut Vec<Row>, hub: &str, rest: &str, other: &str) {
     rows.push(row(format!("{hub}{rest}"), other, Rows::Rest { after: 3 }));
 }
 
+/// One expert's layers, each a slice of a stack of all experts.
+fn experts(rows: &mut Vec<Row>, hub: &str, other: &str, layers: &[(&str, &str)]) {
+    for (ours, theirs) in layers {
+        let slice = Rows::Expert {
+            expert: 0, // the last number of the hub's name tells
+            part: 0,
+            of: 1,
+        };
+        let (hub, other) = (format!("{hub}{ours}"), format!("{other}{theirs}"));
+        rows.push(row(hub, other, slice));
+    }
+}
+
 /// Kinds of models (`model_type` of transformers) that llama.cpp has under another architecture.
-const ARCHITECTURES: &[(&str, &str)] = &[("mistral", "llama"), ("mixtral", "llama")];
+const ARCHITECTURES: &[(&str, &str)] = &[
+    ("mistral", "llama"),
+    ("mixtral", "llama"),
+    ("qwen2_moe", "qwen2moe"),
+    ("qwen3_moe", "qwen3moe"),
+    ("gemma3_text", "gemma3"),
+    ("gpt_neox", "gptneox"),
+];
 
 /// llama.cpp's architecture of a kind of model.
 pub fn architecture(model_type: &str) -> &str {
@@ -163,6 +194,17 @@ impl Match {
             Side::Other => &self.row.other,
         };
         fill(pattern, &self.numbers)
+    }
+
+    /// Where the rows of the hub's layer lie in the other, with the number of its expert.
+    pub fn rows(&self) -> Option<Rows> {
+        match self.row.rows {
+            Rows::Expert { part, of, .. } => {
+                let expert = path::number(self.numbers.last()?)?;
+                Some(Rows::Expert { expert, part, of })
+            }
+            rows => Some(rows),
+        }
     }
 
     /// All rows of the family that share this row's other name, in the order of the table: itself
@@ -232,6 +274,10 @@ fn index() -> &'static Index {
             index.rows.insert(std::ptr::from_ref(family).addr(), rows);
             for row in rows {
                 for (side, name) in [(Side::Hub, &row.hub), (Side::Other, &row.other)] {
+                    // A stack is not the layer of one expert.
+                    if side == Side::Other && matches!(row.rows, Rows::Expert { .. }) {
+                        continue;
+                    }
                     let (pattern, _) = wildcards(name);
                     let entries = index.patterns.entry(pattern).or_default();
                     entries.push(Entry { family, row, side });
@@ -297,9 +343,10 @@ mod tests {
         for family in FAMILIES {
             for row in (family.rows)() {
                 let stars = |name: &str| name.matches('*').count();
+                let expert = usize::from(matches!(row.rows, Rows::Expert { .. }));
                 assert_eq!(
                     stars(&row.hub),
-                    stars(&row.other),
+                    stars(&row.other) + expert,
                     "{}: {row:?}",
                     family.name
                 );
@@ -311,7 +358,11 @@ mod tests {
     fn every_row_is_found_by_either_name_in_either_spelling() {
         for family in FAMILIES {
             for row in (family.rows)() {
-                for (side, name) in [(Side::Hub, &row.hub), (Side::Other, &row.other)] {
+                let sides = match row.rows {
+                    Rows::Expert { .. } => vec![(Side::Hub, &row.hub)],
+                    _ => vec![(Side::Hub, &row.hub), (Side::Other, &row.other)],
+                };
+                for (side, name) in sides {
                     let name = name.replace('*', "3");
                     for (path, flattened) in [(name.clone(), false), (name.replace('.', "_"), true)]
                     {
@@ -325,6 +376,41 @@ mod tests {
                         assert!(found.iter().any(is_it), "{}: {path}", family.name);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_family_has_one_row_for_each_layer_of_the_hub() {
+        for family in FAMILIES {
+            let mut known = std::collections::HashSet::new();
+            for row in (family.rows)() {
+                assert!(known.insert(row.hub.clone()), "{}: {row:?}", family.name);
+            }
+        }
+    }
+
+    #[test]
+    fn the_rows_of_a_fused_layer_are_covered_once() {
+        let attention = crate::naming::Attention {
+            query: Some(4),
+            key: Some(2),
+        };
+        for family in FAMILIES {
+            let rows = (family.rows)();
+            for first in &rows {
+                let parts = rows.iter().filter(|row| row.other == first.other);
+                let mut covered: Vec<usize> = match first.rows {
+                    Rows::Expert { .. } => continue,
+                    // Tall enough for three blocks as tall as it is wide and a rest, also of halves.
+                    _ => parts
+                        .flat_map(|row| row.rows.ranges(96, 16, attention).expect("it divides"))
+                        .flatten()
+                        .collect(),
+                };
+                covered.sort_unstable();
+                let all: Vec<usize> = (0..96).collect();
+                assert_eq!(covered, all, "{}: {}", family.name, first.other);
             }
         }
     }

@@ -131,6 +131,7 @@ pub(super) fn renamed(
         waiting: Vec::new(),
         unknown: Vec::new(),
         ambiguous: Vec::new(),
+        experts: Vec::new(),
     };
     for module in &adapter.modules {
         renaming.module(module)?;
@@ -143,6 +144,13 @@ pub(super) fn renamed(
     if !renaming.unknown.is_empty() {
         let count = renaming.unknown.len();
         return fail(Reason::NamesUnknown { count }, renaming.unknown);
+    }
+    if !renaming.experts.is_empty() {
+        let reason = Reason::MethodOnTarget {
+            method: "LoRA of GGUF",
+            what: "a mixture of experts (factors of three axes)",
+        };
+        return fail(reason, renaming.experts);
     }
     renaming.fuse()?;
     let mut done = renaming.done;
@@ -168,6 +176,8 @@ struct Renaming<'a> {
     waiting: Vec<Waiting>,
     unknown: Vec<String>,
     ambiguous: Vec<String>,
+    /// Modules of one expert, for which the target has a stack of all.
+    experts: Vec<String>,
 }
 
 impl Renaming<'_> {
@@ -284,6 +294,9 @@ impl Renaming<'_> {
             (Some(_), Side::Hub) if found.row.rows == Rows::Whole => {
                 self.done
                     .push((order, named(name.to_owned(), module.clone())));
+            }
+            (Some(_), Side::Hub) if matches!(found.row.rows, Rows::Expert { .. }) => {
+                self.experts.push(module.path.clone());
             }
             (Some(_), Side::Hub) if siblings.len() == 1 => {
                 let rows = inverse(&self.rows_of(module, found.row.rows)?);

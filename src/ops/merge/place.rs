@@ -120,15 +120,20 @@ pub(crate) fn attention(base: &Checkpoint) -> Attention {
             _ => None,
         }
     };
+    // Falcon's `num_kv_heads` holds for its new decoder alone (transformers, `FalconAttention`).
+    let is_set = |name: &str| matches!(base.configured(name), Some(Value::Bool(true)));
+    let one_key = (is_set("multi_query") && !is_set("new_decoder_architecture")).then_some(1);
     Attention {
         query: count(
             &["num_attention_heads", "n_head", "num_heads", "n_heads"],
             "head_count",
         ),
-        key: count(
-            &["num_key_value_heads", "num_kv_heads", "n_kv_heads"],
-            "head_count_kv",
-        ),
+        key: one_key.or_else(|| {
+            count(
+                &["num_key_value_heads", "num_kv_heads", "n_kv_heads"],
+                "head_count_kv",
+            )
+        }),
     }
 }
 
