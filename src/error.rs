@@ -253,6 +253,7 @@ reasons! {
         NamesAmbiguous { count: usize } => "{count} modules have several names in the target; --family or --base tells which model it is",
         ArchitectureUnknown => "llama.cpp stores the rows of some models otherwise; --base or --family tells which model it is",
         HeadsNeeded => "how its rows are split depends on the number of heads; --base gives it",
+        HeightNeeded { layer: String } => "it would be a part of `{layer}`, whose other parts are not there to tell its height; --base gives it",
         Modules { count: usize } => "{count} parts of the adapter have no place in the base",
         Ambiguous { count: usize } => "{count} parts of the adapter fit several tensors of the base",
     }

@@ -14,13 +14,16 @@ use super::{Common, Outcome, Path, inspect, render};
 #[command(after_help = "\
 Examples:
   loratool check my-adapter/
-  loratool check my-adapter/ --base base-model/ --json > verdict.json")]
+  loratool check my-adapter/ --base base-model/ --json > verdict.json
+  loratool check my-lora.safetensors --to comfyui      # nothing may be lost there")]
 pub(super) struct Check {
     /// An adapter folder, a checkpoint folder, or a file of tensors
     path: Path,
     /// Check also that every module has its place in this base
     #[arg(long, value_name = "BASE")]
     base: Option<Path>,
+    #[command(flatten)]
+    targets: inspect::Targets,
     /// Print nothing but findings
     #[arg(long, short)]
     quiet: bool,
@@ -30,8 +33,8 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> Outcome {
-        let options = self.common.reading();
-        let verdict = check(&self.path, self.base.as_deref(), &options);
+        let options = self.targets.options(&self.common, self.base.as_ref());
+        let verdict = check(&self.path, &options);
         if self.common.json {
             render::json(&verdict);
             return Ok(verdict.exit_code);

@@ -2,7 +2,8 @@
 
 use clap::Args;
 use loratool::adapter::Scale;
-use loratool::ops::inspect::{AdapterView, Inspection, inspect};
+use loratool::ops::convert::targets;
+use loratool::ops::inspect::{AdapterView, Conversion, Inspection, Options, inspect};
 
 use super::render::{self, Fields, Stderr, bytes, counts, folded, grouped};
 use super::{Common, Outcome, Path};
@@ -14,17 +15,49 @@ use super::{Common, Outcome, Path};
 #[command(after_help = "\
 Examples:
   loratool inspect my-adapter/
-  loratool inspect adapter_model.safetensors --json | jq .adapter.scales")]
+  loratool inspect adapter_model.safetensors --json | jq .adapter.scales
+  loratool inspect my-lora.safetensors --to all")]
 pub(super) struct Inspect {
     /// An adapter folder, a checkpoint folder, or a file of tensors
     path: Path,
     #[command(flatten)]
+    targets: Targets,
+    /// A base that tells the names that --to needs
+    #[arg(long, value_name = "BASE", requires = "to")]
+    base: Option<Path>,
+    #[command(flatten)]
     pub(super) common: Common,
+}
+
+/// What would be lost in other formats.
+#[derive(Args, Debug)]
+pub(super) struct Targets {
+    /// List what this format cannot say (repeatable; `all`: each that is written)
+    #[arg(long, value_name = "FORMAT")]
+    to: Vec<String>,
+    /// The family of the model, where names alone do not tell it
+    #[arg(long, value_name = "NAME", requires = "to")]
+    family: Option<String>,
+}
+
+impl Targets {
+    pub(super) fn options(&self, common: &Common, base: Option<&Path>) -> Options {
+        let all = self.to.iter().any(|to| to == "all");
+        Options {
+            read: common.reading(),
+            to: match all {
+                true => targets().map(|format| format.id().to_owned()).collect(),
+                false => self.to.clone(),
+            },
+            base: base.cloned(),
+            family: self.family.clone(),
+        }
+    }
 }
 
 impl Inspect {
     pub(super) fn run(self) -> Outcome {
-        let options = self.common.reading();
+        let options = self.targets.options(&self.common, self.base.as_ref());
         let inspection = inspect(&self.path, &options)?;
         if self.common.json {
             render::json(&inspection);
@@ -94,6 +127,9 @@ pub(super) fn print(inspection: &Inspection) {
             bytes(inspection.bytes)
         ),
     );
+    for conversion in &inspection.conversions {
+        fields.list(&format!("to {}", conversion.to), &of_conversion(conversion));
+    }
     if let Some(problem) = &inspection.problem {
         fields.add("problem", &problem.text);
     }
@@ -164,6 +200,28 @@ fn of_adapter(fields: &mut Fields, adapter: &AdapterView) {
     for (name, value) in &adapter.facts.other {
         fields.add("says", format!("{name} = {value}"));
     }
+}
+
+fn of_conversion(conversion: &Conversion) -> Vec<String> {
+    if let Some(problem) = &conversion.problem {
+        let hint = problem.hint.iter().map(|hint| format!("({hint})"));
+        return std::iter::once(problem.text.clone()).chain(hint).collect();
+    }
+    let lost = conversion
+        .losses
+        .iter()
+        .map(|loss| format!("loses {}: {}", loss.item, loss.text));
+    let mut lines = folded(&lost.collect::<Vec<_>>());
+    if !conversion.folded.is_empty() {
+        lines.push(format!(
+            "scales multiplied into factors: {}",
+            conversion.folded.len()
+        ));
+    }
+    if lines.is_empty() {
+        lines.push("everything".to_owned());
+    }
+    lines
 }
 
 /// `2 = 32/16`, `8 = 32/√16`

@@ -5,8 +5,10 @@ use std::path::Path;
 use indexmap::IndexSet;
 use serde::Serialize;
 
-use super::inspect::{Inspection, Opened, Problem, of_checkpoint, of_tensors, open};
-use super::merge::{Options, Selection, fits};
+use super::inspect::{
+    Conversion, Inspection, Opened, Options, Problem, of_checkpoint, of_tensors, open,
+};
+use super::merge::{self, Selection, fits};
 use crate::adapter::scan::{self, Scan};
 use crate::checkpoint::Variant;
 use crate::error::{Error, Result};
@@ -48,10 +50,11 @@ pub struct Finding {
 /// The exit code of files that can be read and are odd.
 pub const ODD: u8 = 1;
 
-/// Checks a file or folder; with a base, also that every module has its place there.
+/// Checks a file or folder; with a base, also that every module has its place there; with target formats,
+/// also that each can say everything.
 ///
 /// Never fails: what is wrong is a finding.
-pub fn check(path: &Path, base: Option<&Path>, options: &ReadOptions) -> Verdict {
+pub fn check(path: &Path, options: &Options) -> Verdict {
     let mut verdict = Verdict {
         schema: 1,
         clean: false,
@@ -59,7 +62,7 @@ pub fn check(path: &Path, base: Option<&Path>, options: &ReadOptions) -> Verdict
         findings: IndexSet::new(),
         inspection: None,
     };
-    if let Err(error) = verdict.collect(path, base, options) {
+    if let Err(error) = verdict.collect(path, options) {
         verdict.error(&error);
     }
     verdict.clean = verdict.findings.is_empty();
@@ -70,7 +73,7 @@ pub fn check(path: &Path, base: Option<&Path>, options: &ReadOptions) -> Verdict
 }
 
 impl Verdict {
-    fn collect(&mut self, path: &Path, base: Option<&Path>, options: &ReadOptions) -> Result<()> {
+    fn collect(&mut self, path: &Path, options: &Options) -> Result<()> {
         match open(path)? {
             Opened::Checkpoint(checkpoint) => {
                 let inspection = of_checkpoint(path, &checkpoint);
@@ -96,22 +99,25 @@ impl Verdict {
             }
             Opened::Tensors(found) => {
                 found.file.verify()?;
-                let (inspection, adapter) = of_tensors(path, &found, options);
+                let (inspection, adapter) = of_tensors(path, &found, options)?;
+                let name = found.file.input.path().to_string_lossy().into_owned();
                 let problem = inspection.problem.clone();
                 let described: Vec<Notice> = inspection.notices.clone();
+                let conversions = inspection.conversions.clone();
                 self.inspection = Some(inspection);
                 match problem {
-                    Some(problem) => {
-                        self.problem(&problem, &found.file.input.path().to_string_lossy())
-                    }
+                    Some(problem) => self.problem(&problem, &name),
                     None => self.notices(&described),
+                }
+                for conversion in &conversions {
+                    self.conversion(conversion, &name);
                 }
                 if let Some(adapter) = adapter {
                     let tensors: Vec<&Tensor> = adapter.tensors().collect();
                     let scans = Scan::all(&tensors)?;
                     self.notices(&scan::notices(&adapter, &tensors, &scans));
-                    if let Some(base) = base {
-                        self.fit(path, base, options)?;
+                    if let Some(base) = &options.base {
+                        self.fit(path, base, &options.read)?;
                     }
                 }
                 for input in found.inputs() {
@@ -122,8 +128,8 @@ impl Verdict {
         Ok(())
     }
 
-    fn fit(&mut self, path: &Path, base: &Path, options: &ReadOptions) -> Result<()> {
-        let options = Options {
+    fn fit(&mut self, path: &Path, base: &Path, read: &ReadOptions) -> Result<()> {
+        let options = merge::Options {
             base: base.to_owned(),
             variant: Variant::Any,
             adapters: vec![Selection {
@@ -131,13 +137,32 @@ impl Verdict {
                 strength: 1.0,
                 strength_for: Vec::new(),
             }],
-            read: options.clone(),
+            read: read.clone(),
             // Found already, with its own line.
             allow_nonfinite: true,
-            ..Options::default()
+            ..merge::Options::default()
         };
         self.notices(&fits(&options)?);
         Ok(())
+    }
+
+    /// A target that cannot say everything is a finding; one whose names cannot be told, an error.
+    fn conversion(&mut self, conversion: &Conversion, file: &str) {
+        for loss in &conversion.losses {
+            self.findings.insert(Finding {
+                kind: "loss".to_owned(),
+                file: Some(file.to_owned()),
+                item: Some(loss.item.clone()),
+                text: format!("{} cannot say it: {}", conversion.to, loss.text),
+            });
+        }
+        if let Some(problem) = &conversion.problem {
+            let problem = Problem {
+                text: format!("to {}: {}", conversion.to, problem.text),
+                ..problem.clone()
+            };
+            self.problem(&problem, file);
+        }
     }
 
     fn notices(&mut self, notices: &[Notice]) {

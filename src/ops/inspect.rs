@@ -1,16 +1,30 @@
 //! What a path is, from headers and configuration alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use super::convert;
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
 use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Kind, Reason, Result};
-use crate::formats::{Found, ReadOptions, Summary};
+use crate::formats::{Found, Loss, ReadOptions, Summary};
 use crate::notice::{Notice, NoticeKind};
 use crate::tensor::Tensor;
+
+/// How to read a path, and what to tell of an adapter besides what it is.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// How the adapter is read.
+    pub read: ReadOptions,
+    /// Short names of formats: what each could not say.
+    pub to: Vec<String>,
+    /// A base that tells the names of other formats; `check` looks for the places of the modules in it too.
+    pub base: Option<PathBuf>,
+    /// The family of the model, where names alone do not tell it.
+    pub family: Option<String>,
+}
 
 /// A path, described.
 #[derive(Clone, Debug, Serialize)]
@@ -48,6 +62,9 @@ pub struct Inspection {
     /// The checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<CheckpointView>,
+    /// What other formats could not say of it, as far as it was asked.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub conversions: Vec<Conversion>,
     /// Why it could not be read whole.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<Problem>,
@@ -118,6 +135,20 @@ pub struct CheckpointView {
     pub quantisation: Option<String>,
 }
 
+/// What would become of an adapter in another format.
+#[derive(Clone, Debug, Serialize)]
+pub struct Conversion {
+    /// The short name of the format.
+    pub to: String,
+    /// What it cannot say.
+    pub losses: Vec<Loss>,
+    /// What would be multiplied into factors.
+    pub folded: Vec<Loss>,
+    /// Why nothing can be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
+}
+
 /// Why something could be recognised but not read.
 #[derive(Clone, Debug, Serialize)]
 pub struct Problem {
@@ -151,12 +182,12 @@ impl Problem {
 /// Describes a file or folder.
 ///
 /// # Errors
-/// What opening it gives. An adapter that is recognised but cannot be read is described, with a
-/// [`Problem`].
-pub fn inspect(path: &Path, options: &ReadOptions) -> Result<Inspection> {
+/// What opening it gives, and the name of a format that is none. An adapter that is recognised but
+/// cannot be read is described, with a [`Problem`].
+pub fn inspect(path: &Path, options: &Options) -> Result<Inspection> {
     match open(path)? {
         Opened::Checkpoint(checkpoint) => Ok(of_checkpoint(path, &checkpoint)),
-        Opened::Tensors(found) => Ok(of_tensors(path, &found, options).0),
+        Opened::Tensors(found) => Ok(of_tensors(path, &found, options)?.0),
     }
 }
 
@@ -229,8 +260,8 @@ pub(super) fn of_checkpoint(path: &Path, checkpoint: &Checkpoint) -> Inspection 
 pub(super) fn of_tensors(
     path: &Path,
     found: &Found,
-    options: &ReadOptions,
-) -> (Inspection, Option<Adapter>) {
+    options: &Options,
+) -> Result<(Inspection, Option<Adapter>)> {
     let files = found
         .inputs()
         .map(|input| input.path().to_string_lossy().into_owned())
@@ -254,12 +285,13 @@ pub(super) fn of_tensors(
     let adapter = found
         .file
         .refuse_blocks()
-        .and_then(|()| found.read(options));
+        .and_then(|()| found.read(&options.read));
     match adapter {
         Ok(adapter) => {
             inspection.adapter = Some(view(&adapter));
             inspection.notices.clone_from(&adapter.notices);
-            (inspection, Some(adapter))
+            inspection.conversions = conversions(&adapter, options)?;
+            Ok((inspection, Some(adapter)))
         }
         Err(error) => {
             inspection.summary = format.map(|format| format.summary(found));
@@ -270,9 +302,31 @@ pub(super) fn of_tensors(
                     .push(Notice::new(NoticeKind::NotMergeable, text));
             }
             inspection.problem = Some(Problem::of(&error));
-            (inspection, None)
+            Ok((inspection, None))
         }
     }
+}
+
+fn conversions(adapter: &Adapter, options: &Options) -> Result<Vec<Conversion>> {
+    if options.to.is_empty() {
+        return Ok(Vec::new());
+    }
+    let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
+    let outlook = |to: &String| {
+        let target = convert::format(to)?;
+        let found = convert::outlook(adapter, target, base.as_ref(), options.family.as_deref());
+        let (losses, folded, problem) = match found {
+            Ok((losses, folded)) => (losses, folded, None),
+            Err(error) => (Vec::new(), Vec::new(), Some(Problem::of(&error))),
+        };
+        Ok(Conversion {
+            to: to.clone(),
+            losses,
+            folded,
+            problem,
+        })
+    };
+    options.to.iter().map(outlook).collect()
 }
 
 impl Inspection {
@@ -310,6 +364,7 @@ fn describe<'a>(
         adapter: None,
         summary: None,
         checkpoint: None,
+        conversions: Vec::new(),
         problem: None,
         notices: Vec::new(),
     };

@@ -106,7 +106,7 @@ fn a_gguf_base_keeps_its_header_and_gets_the_values_of_the_same_base_in_safetens
         "output.weight",
     ];
     assert_eq!(changed, weights);
-    assert!(check(&base(), None, &Default::default()).clean);
+    assert!(check(&base(), &Default::default()).clean);
 }
 
 #[test]

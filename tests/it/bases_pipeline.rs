@@ -154,7 +154,7 @@ fn every_tensor_of_a_pipeline_is_named_with_its_component() {
             "vae/diffusion_pytorch_model.safetensors"
         ]
     );
-    assert!(check(&base, None, &Default::default()).clean);
+    assert!(check(&base, &Default::default()).clean);
 }
 
 #[test]

@@ -314,10 +314,10 @@ fn a_damaged_storage_is_found_before_anything_is_written() {
     assert_reason!(error, Reason::Checksum);
     assert_eq!(error.file(), Some(path.as_path()));
     assert_eq!(room.names(), before);
-    let verdict = check(&folder, None, &Default::default());
+    let verdict = check(&folder, &Default::default());
     assert_eq!(verdict.exit_code, Kind::Malformed.exit_code());
     // What it was before passes.
-    assert!(check(&base("zip"), None, &Default::default()).clean);
+    assert!(check(&base("zip"), &Default::default()).clean);
 }
 
 #[test]

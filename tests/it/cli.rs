@@ -485,6 +485,51 @@ fn inspect_warns_and_check_fails_about_the_same_oddities() {
 }
 
 #[test]
+fn inspect_tells_what_each_format_could_not_say_and_check_makes_it_a_finding() {
+    let adapter = path(&fixture("peft/cases/lora_dora/adapter"));
+    let output = loratool(&[
+        "inspect", &adapter, "--to", "peft", "--to", "mlx", "--to", "kohya", "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let conversions = document["conversions"].as_array().unwrap();
+    let losses = |at: usize| conversions[at]["losses"].as_array().unwrap().len();
+    assert_eq!(conversions[0]["to"], "peft");
+    assert_eq!(losses(0), 0);
+    assert!(losses(2) > 0);
+    let shown = text(&loratool(&["inspect", &adapter, "--to", "all"]).stdout);
+    for format in loratool::ops::convert::targets() {
+        assert!(shown.contains(&format!("to {} ", format.id())), "{shown}");
+    }
+    assert!(shown.contains("to peft       everything"), "{shown}");
+    // What can be said whole is clean, a loss is not, and neither is a name that cannot be told.
+    let code = |to: &str, base: &[&str]| {
+        let arguments = [&["check", adapter.as_str(), "--quiet", "--to", to], base].concat();
+        let output = loratool(&arguments);
+        (output.status.code(), text(&output.stdout))
+    };
+    assert_eq!(code("peft", &[]), (Some(0), String::new()));
+    let (exit, findings) = code("kohya", &[]);
+    assert_eq!(exit, Some(1));
+    assert!(findings.starts_with("loss: "), "{findings}");
+    assert_eq!(code("gguf", &[]).0, Some(7));
+    let base = path(&fixture(LLAMA));
+    let (exit, findings) = code("gguf", &["--base", &base]);
+    assert_eq!(exit, Some(1), "{findings}");
+    assert!(findings.contains("gguf cannot say it: "), "{findings}");
+    assert_eq!(
+        loratool(&["inspect", &adapter, "--to", "none"])
+            .status
+            .code(),
+        Some(2)
+    );
+    assert_eq!(
+        loratool(&["check", &adapter, "--to", "none"]).status.code(),
+        Some(2)
+    );
+}
+
+#[test]
 fn check_is_clean_only_when_nothing_at_all_is_odd() {
     let clean = loratool(&[
         "check",

@@ -1,7 +1,6 @@
 //! GGUF files: broken ones are refused, and what the `gguf` package wrote is read.
 
 use loratool::containers::TensorFile;
-use loratool::formats::ReadOptions;
 use loratool::ops::inspect::inspect;
 use loratool::tensor::DType;
 use loratool::{Error, Kind, Reason};
@@ -382,7 +381,7 @@ fn quantised_tensors_are_bytes_that_say_what_they_are() {
 fn what_the_gguf_package_wrote_is_read_and_refused_when_it_is_cut() {
     for (name, what, tensors) in [("adapter", "adapter", 4), ("model", "checkpoint", 3)] {
         let path = fixture("gguf").join(format!("{name}.gguf"));
-        let found = inspect(&path, &ReadOptions::default()).unwrap();
+        let found = inspect(&path, &Default::default()).unwrap();
         assert_eq!((found.what.as_str(), found.tensors), (what, tensors));
         assert_eq!(found.container, "GGUF");
         if name == "adapter" {

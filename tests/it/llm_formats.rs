@@ -615,7 +615,7 @@ fn factors_by_number_and_vectors_are_described_and_refused_with_the_reason() {
     assert_reason!(error, Reason::InputVectors { .. });
     let room = Room::new();
     let path = room.write("a.safetensors", tensors(numbered));
-    let facts = inspect(&path, &ReadOptions::default()).unwrap();
+    let facts = inspect(&path, &Default::default()).unwrap();
     let facts = facts.summary.unwrap().facts;
     assert_eq!(facts["token <s1>"], "vectors: 1, of width 6");
     assert_eq!(facts["unet"], "1 layers by number");
@@ -623,7 +623,7 @@ fn factors_by_number_and_vectors_are_described_and_refused_with_the_reason() {
 
 #[test]
 fn the_adapter_of_the_gguf_library_is_read() {
-    let found = inspect(&fixture("gguf/adapter.gguf"), &ReadOptions::default()).unwrap();
+    let found = inspect(&fixture("gguf/adapter.gguf"), &Default::default()).unwrap();
     let adapter = found.adapter.unwrap();
     assert_eq!(adapter.modules.len(), 2);
     assert_eq!(adapter.modules[0].path, "blk.0.attn_q");

@@ -7,6 +7,7 @@ mod bases_pipeline;
 mod bases_torch;
 #[cfg(feature = "cli")]
 mod cli;
+mod conversion_laws;
 mod conversions;
 mod convert;
 mod definition;

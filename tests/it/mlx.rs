@@ -65,7 +65,7 @@ fn an_npz_with_a_configuration_merges_like_the_safetensors() {
 #[test]
 fn an_npz_without_a_configuration_is_described_and_its_missing_scale_named() {
     let path = fixture("mlx/lora/adapters.npz");
-    let found = inspect(&path, &ReadOptions::default()).unwrap();
+    let found = inspect(&path, &Default::default()).unwrap();
     assert_eq!(found.format_name.as_deref(), Some("MLX"));
     assert_eq!(found.container, "npz");
     assert_eq!(found.exit_code(), 0);

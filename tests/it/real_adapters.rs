@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use loratool::Kind;
 use loratool::formats::ReadOptions;
-use loratool::ops::inspect::{Inspection, inspect};
+use loratool::ops::inspect::{Inspection, Options, inspect};
 
 /// The folder with the files, which is shared beside the project and not part of it.
 pub(crate) fn folder() -> Option<PathBuf> {
@@ -19,7 +19,7 @@ pub(crate) fn folder() -> Option<PathBuf> {
 fn described(name: &str) -> Option<Inspection> {
     let folder = folder()?;
     Some(
-        inspect(&folder.join(name), &ReadOptions::default())
+        inspect(&folder.join(name), &Default::default())
             .unwrap_or_else(|error| panic!("{name}: {error}")),
     )
 }
@@ -189,9 +189,12 @@ fn tokens_and_prompts_are_described_by_number_and_width() {
 #[test]
 fn loralib_is_read_with_the_alpha_of_its_script() {
     let Some(folder) = folder() else { return };
-    let options = ReadOptions {
-        alpha: Some(16.0),
-        ..ReadOptions::default()
+    let options = Options {
+        read: ReadOptions {
+            alpha: Some(16.0),
+            ..ReadOptions::default()
+        },
+        ..Options::default()
     };
     let found = inspect(&folder.join("loralib-roberta-mnli"), &options).unwrap();
     let adapter = found.adapter.unwrap();
@@ -237,7 +240,7 @@ fn what_cannot_be_read_is_refused_by_name() {
             "need 1024 bytes",
         ),
     ] {
-        let error = match inspect(&folder.join(name), &ReadOptions::default()) {
+        let error = match inspect(&folder.join(name), &Default::default()) {
             Err(error) => error,
             Ok(found) => panic!("{name} was read: {found:?}"),
         };

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use loratool::containers::TensorFile;
-use loratool::formats::ReadOptions;
 use loratool::ops::check::check;
 use loratool::{Error, Kind, Reason};
 
@@ -465,7 +464,7 @@ fn checksums_and_sizes_are_compared() {
     assert_reason!(error, Reason::Checksum);
     assert_eq!(error.item(), Some("x/data/0"));
     assert_eq!(
-        check(&path, None, &ReadOptions::default()).exit_code,
+        check(&path, &Default::default()).exit_code,
         Kind::Malformed.exit_code()
     );
     // Compressed members that are larger or smaller than they claim, and bombs.

@@ -179,6 +179,7 @@ pub(in crate::formats) fn low_rank(
         };
         ranks.push((&named.path, rank, alpha));
     }
+    ranks.sort_by_key(|(path, ..)| *path);
     let rank = most_common(ranks.iter().map(|(_, rank, _)| *rank)).unwrap_or(8);
     let alpha = most_common(ranks.iter().map(|(.., alpha)| alpha.to_bits()));
     let alpha = alpha.map_or(rank as f64, f64::from_bits);
@@ -228,20 +229,12 @@ fn number(value: f64) -> Value {
     }
 }
 
-/// The value that appears most; of several the first.
-pub(in crate::formats) fn most_common<T: Copy + PartialEq>(
-    values: impl Iterator<Item = T>,
-) -> Option<T> {
-    let mut counts: Vec<(T, usize)> = Vec::new();
+/// The value that appears most; of several the smallest, whatever the order of the modules.
+pub(in crate::formats) fn most_common<T: Copy + Ord>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
     for value in values {
-        match counts.iter_mut().find(|(known, _)| *known == value) {
-            Some((_, count)) => *count += 1,
-            None => counts.push((value, 1)),
-        }
+        *counts.entry(value).or_default() += 1;
     }
-    let most = counts.iter().map(|(_, count)| *count).max()?;
-    counts
-        .iter()
-        .find(|(_, count)| *count == most)
-        .map(|(value, _)| *value)
+    let rank = |(value, count): &(T, usize)| (*count, std::cmp::Reverse(*value));
+    counts.into_iter().max_by_key(rank).map(|(value, _)| value)
 }

@@ -214,13 +214,22 @@ pub fn plan(options: &Options) -> Result<Plan> {
     Ok(plan)
 }
 
-/// What a format could not say of an adapter.
+/// What a format could not say of an adapter, and what would be multiplied into factors.
 ///
 /// # Errors
-/// Names that cannot be told, with what would tell them.
-pub fn losses(adapter: &Adapter, to: &str) -> Result<Vec<Loss>> {
-    let (written, _) = write(adapter, format(to)?, None, &Options::default())?;
-    Ok(written.losses)
+/// Names that cannot be told, with what would tell them; a format that is not written.
+pub fn outlook(
+    adapter: &Adapter,
+    target: &'static dyn Format,
+    base: Option<&Checkpoint>,
+    family: Option<&str>,
+) -> Result<(Vec<Loss>, Vec<Loss>)> {
+    let options = Options {
+        family: family.map(str::to_owned),
+        ..Options::default()
+    };
+    let (written, _) = write(adapter, target, base, &options)?;
+    Ok((written.losses, written.folded))
 }
 
 fn write(

@@ -123,6 +123,7 @@ pub(super) fn renamed(
         layout,
         family,
         attention: base.map(attention).unwrap_or_default(),
+        base,
         resolver: base.map(|base| {
             Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))
                 .of_architecture(architecture(base))
@@ -163,7 +164,7 @@ struct Waiting {
     order: usize,
     rows: Rows,
     other: String,
-    siblings: Vec<Rows>,
+    siblings: Vec<Match>,
     named: Named,
 }
 
@@ -171,6 +172,7 @@ struct Renaming<'a> {
     layout: Option<Layout>,
     family: Option<&'a str>,
     attention: Attention,
+    base: Option<&'a Checkpoint>,
     resolver: Option<Resolver>,
     done: Vec<(usize, Named)>,
     waiting: Vec<Waiting>,
@@ -307,7 +309,7 @@ impl Renaming<'_> {
                 order,
                 rows: found.row.rows,
                 other: name.to_owned(),
-                siblings: siblings.iter().map(|part| part.row.rows).collect(),
+                siblings,
                 named: named(name.to_owned(), module.clone()),
             }),
         }
@@ -384,11 +386,15 @@ impl Renaming<'_> {
             .collect();
         let inputs = first.named.module.method.extent(&first.named.module).inputs;
         let total = self.height(&first.siblings, &sizes, inputs.unwrap_or(0));
+        let total = total.or_else(|| self.height_in_base(&first.siblings));
         let error = |problem: &str| {
             let problem = format!("{problem}: it would be a part of `{}`", first.other);
             first.named.module.error(Reason::FactorShape { problem })
         };
-        let total = total.ok_or_else(|| error("the outputs of the whole layer cannot be told"))?;
+        let total = total.ok_or_else(|| {
+            let layer = first.other.clone();
+            first.named.module.error(Reason::HeightNeeded { layer })
+        })?;
         let mut parts = Vec::new();
         for (part, (rows, outputs)) in group.iter().zip(&sizes) {
             let ranges = rows.ranges(total, inputs.unwrap_or(0), self.attention);
@@ -408,8 +414,9 @@ impl Renaming<'_> {
     }
 
     /// The height of a fused layer from the parts that are there.
-    fn height(&self, siblings: &[Rows], sizes: &[(Rows, usize)], inputs: usize) -> Option<usize> {
+    fn height(&self, siblings: &[Match], sizes: &[(Rows, usize)], inputs: usize) -> Option<usize> {
         let (_, first) = sizes.first()?;
+        let siblings: Vec<Rows> = siblings.iter().map(|part| part.row.rows).collect();
         let all_there = siblings
             .iter()
             .all(|rows| sizes.iter().any(|(known, _)| known == rows));
@@ -430,6 +437,26 @@ impl Renaming<'_> {
             }
             _ => None,
         }
+    }
+
+    /// The height of a fused layer in the base: its own, or that of all its parts.
+    fn height_in_base(&self, siblings: &[Match]) -> Option<usize> {
+        let (base, resolver) = (self.base?, self.resolver.as_ref()?);
+        let mut total = 0usize;
+        for part in siblings {
+            match resolver.resolve(&part.name(Side::Hub), Spelling::InComponent) {
+                Resolution::Exact(places) | Resolution::Renamed(places) => {
+                    let place = places.first()?;
+                    let rows = base.tensor(&place.tensor)?.dimension(0);
+                    match place.rows {
+                        Rows::Whole => total = total.checked_add(rows)?,
+                        _ => return Some(rows),
+                    }
+                }
+                _ => return None,
+            }
+        }
+        Some(total)
     }
 }
 
