@@ -3,16 +3,14 @@
 //! The exact name always wins. Otherwise every rule below is tried; exactly one name of the base must
 //! come out, or the module is ambiguous. Nothing is guessed: shapes are checked afterwards.
 //!
-//! Rules: prefixes that exports add or drop (`huggingface/transformers`, `base_model_prefix` of each
-//! model), names that transformers 5 changed when loading (`conversion_mapping.py`), and experts that it
-//! fused into one tensor.
+//! The rules are data: prefixes, and the names of families in their layouts (`families/`).
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::OnceLock;
 
 use super::component::{self, Flattened, InPart};
+use super::families::transformers::prefixed;
 use super::families::{self, Layout, Match, Side};
-use super::path::{leaf, number};
 use super::rows::Rows;
 
 /// How the path of a module is spelled.
@@ -73,68 +71,6 @@ pub struct Resolver {
     flattened: OnceLock<Flattened>,
 }
 
-/// Prefixes that differ between exports of the same model.
-const PREFIXES: &[&str] = &[
-    "",
-    "model.",
-    "model.model.",
-    "model.language_model.",
-    "model.text_model.",
-    "language_model.",
-    "language_model.model.",
-    "model.decoder.",
-    "decoder.",
-    "transformer.",
-    "gpt_neox.",
-    "backbone.",
-    "bert.",
-    "roberta.",
-    "distilbert.",
-    "electra.",
-    "albert.",
-    "deberta.",
-    "esm.",
-    "vit.",
-    "text_model.",
-    "vision_model.",
-    "auto_model.",
-    "0.auto_model.",
-    "base_model.model.",
-    "module.",
-    "_orig_mod.",
-];
-
-/// Ends of prefixes that name a part of a model, where the others only wrap the whole.
-const TOWERS: &[&str] = &["text_model.", "vision_model.", "decoder."];
-
-/// Pieces of names that transformers 5 changed: on disk, in memory.
-const RENAMES: &[&[(&str, &str)]] = &[
-    // mixtral, minimax, phimoe
-    &[(".block_sparse_moe.", ".mlp.")],
-    // gpt_neox
-    &[("embed_out", "lm_head")],
-    // vit, deit, beit, vivit, ast
-    &[
-        ("encoder.layer.", "layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
-    ],
-];
-
-/// Names of single experts: which fused tensor they are in, which part of its rows, of how many.
-const EXPERT_PARTS: &[(&str, &str, usize, usize)] = &[
-    ("w1", "gate_up_proj", 0, 2),
-    ("w3", "gate_up_proj", 1, 2),
-    ("w2", "down_proj", 0, 1),
-    ("gate_proj", "gate_up_proj", 0, 2),
-    ("up_proj", "gate_up_proj", 1, 2),
-    ("down_proj", "down_proj", 0, 1),
-];
-
 impl Resolver {
     /// Takes the names of a base.
     pub fn new<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Self {
@@ -156,17 +92,12 @@ impl Resolver {
     pub fn resolve(&self, path: &str, spelling: Spelling) -> Resolution {
         let parts = component::split(path, spelling == Spelling::Flattened);
         let found = match spelling {
-            Spelling::Dotted => return self.resolve_dotted(path),
+            Spelling::Dotted => return self.dotted(path, "weight"),
             Spelling::InComponent => self.in_part(path, parts),
             Spelling::Flattened => {
                 let flattened = self.flattened.get_or_init(|| Flattened::new(&self.names));
-                one_of(
-                    flattened
-                        .find(parts)
-                        .into_iter()
-                        .map(Place::whole)
-                        .collect(),
-                )
+                let found = flattened.find(parts).into_iter();
+                one_list(found.map(|name| vec![Place::whole(name)]).collect())
             }
         };
         match found {
@@ -174,74 +105,93 @@ impl Resolver {
             Resolution::Unresolved
                 if spelling == Spelling::InComponent && parts.component.is_none() =>
             {
-                self.resolve_dotted(path)
+                self.dotted(path, "weight")
             }
-            Resolution::Unresolved => self.in_families(parts, spelling == Spelling::Flattened),
+            Resolution::Unresolved => {
+                let flattened = spelling == Spelling::Flattened;
+                let mut found = BTreeSet::new();
+                if parts.component.is_some() || !flattened {
+                    self.in_families(parts, flattened, "weight", &mut found);
+                }
+                one_list(found)
+            }
             found => found,
         }
     }
 
-    /// Finds a parameter (`weight` or `bias`) of a module whose path is that of the model.
+    /// Finds a parameter (`weight` or `bias`) that is a tensor of its own under every name.
     pub fn resolve_parameter(&self, path: &str, parameter: &str) -> Resolution {
-        if let Some(place) = self.named(path, parameter) {
-            return Resolution::Exact(vec![place]);
-        }
-        let mut found = BTreeSet::new();
-        for path in spellings(path) {
-            found.extend(self.named(&path, parameter));
-        }
-        match one_of(found) {
-            Resolution::Exact(places) => Resolution::Renamed(places),
-            other => other,
+        match self.dotted(path, parameter) {
+            Resolution::Exact(places) | Resolution::Renamed(places) if !matches!(&*places, [only] if only.rows == Rows::Whole) => {
+                Resolution::Unresolved
+            }
+            found => found,
         }
     }
 
-    fn resolve_dotted(&self, path: &str) -> Resolution {
-        match self.resolve_parameter(path, "weight") {
-            Resolution::Unresolved => {}
-            found => return found,
+    fn dotted(&self, path: &str, parameter: &str) -> Resolution {
+        if let Some(name) = self.named(path, parameter) {
+            return Resolution::Exact(vec![Place::whole(name)]);
         }
         if path.len() > families::LONGEST {
             return Resolution::Unresolved;
         }
-        // The families know one prefix of each model.
-        let mut paths = spellings(path);
-        paths.insert(path.to_owned());
+        let spelled: Vec<String> = prefixed(path).collect();
+        let ends = families::ends(path);
         let mut found = BTreeSet::new();
-        for path in &paths {
-            let parts = component::split(path, false);
-            self.families_of(parts, false, &mut found);
+        for path in &spelled {
+            found.extend(
+                self.named(path, parameter)
+                    .map(|name| vec![Place::whole(name)]),
+            );
+        }
+        for (head, matched) in &ends {
+            for head in prefixed(head) {
+                found.extend(self.matched(&head, matched, parameter));
+            }
+        }
+        match one_list(found) {
+            Resolution::Unresolved => {}
+            Resolution::Exact(places) => return Resolution::Renamed(places),
+            found => return found,
+        }
+        // The families know one prefix of each model, and one version.
+        let mut found = BTreeSet::new();
+        let whole = ends.iter().filter(|(_, m)| m.row.rows == Rows::Whole);
+        let renamed = whole.map(|(head, m)| format!("{head}{}", m.renamed()));
+        for path in spelled.into_iter().chain(renamed) {
+            let parts = component::split(&path, false);
+            self.in_families(parts, false, parameter, &mut found);
             if parts.component.is_some() {
                 // What looks like the name of a part may be a model's own.
-                self.families_of(InPart::bare(path), false, &mut found);
+                self.in_families(InPart::bare(&path), false, parameter, &mut found);
             }
         }
         one_list(found)
     }
 
     fn in_part(&self, path: &str, parts: InPart<'_>) -> Resolution {
-        if let Some(place) = self.named(path, "weight") {
-            return Resolution::Exact(vec![place]);
+        if let Some(name) = self.named(path, "weight") {
+            return Resolution::Exact(vec![Place::whole(name)]);
         }
         let mut found = BTreeSet::new();
         for root in parts.roots() {
             for path in parts.spellings(false) {
-                found.extend(self.named(&format!("{root}{path}"), "weight"));
+                let named = self.named(&format!("{root}{path}"), "weight");
+                found.extend(named.map(|name| vec![Place::whole(name)]));
             }
-        }
-        one_of(found)
-    }
-
-    fn in_families(&self, parts: InPart<'_>, flattened: bool) -> Resolution {
-        let mut found = BTreeSet::new();
-        if parts.component.is_some() || !flattened {
-            self.families_of(parts, flattened, &mut found);
         }
         one_list(found)
     }
 
     /// Every way in which a family places a module.
-    fn families_of(&self, parts: InPart<'_>, flattened: bool, found: &mut BTreeSet<Vec<Place>>) {
+    fn in_families(
+        &self,
+        parts: InPart<'_>,
+        flattened: bool,
+        parameter: &str,
+        found: &mut BTreeSet<Vec<Place>>,
+    ) {
         let matches = parts
             .spellings(flattened)
             .into_iter()
@@ -252,18 +202,26 @@ impl Resolver {
             });
         for matched in matches {
             for root in parts.roots() {
-                found.extend(self.by_family(root, &matched));
+                found.extend(self.matched(root, &matched, parameter));
             }
         }
     }
 
-    /// The places of a module that a family knows, under one root: its other name, or, where it is
-    /// named so itself, the layers of the hub that it is made of.
-    fn by_family(&self, root: &str, matched: &Match) -> Option<Vec<Place>> {
-        let find = |name: &str, rows, of_module| {
-            let named = self.named(&format!("{root}{name}"), "weight")?;
-            (named.rows == Rows::Whole).then_some(Place {
-                tensor: named.tensor,
+    /// The places of a module that a row knows, behind what stands before its names: its other name, or,
+    /// where it is named so itself, the layers of the hub that it is made of.
+    fn matched(&self, root: &str, matched: &Match, parameter: &str) -> Option<Vec<Place>> {
+        let find = |name: &str, rows: Rows, of_module: bool| {
+            let path = format!("{root}{name}");
+            // A stack of experts and OpenCLIP's `text_projection` are parameters without a module.
+            let bare = || {
+                (rows != Rows::Whole && !of_module && parameter == "weight")
+                    .then_some(path.as_str())
+            };
+            let tensor = self
+                .named(&path, parameter)
+                .or_else(|| self.has(bare()?.to_owned()))?;
+            Some(Place {
+                tensor,
                 rows,
                 of_module,
             })
@@ -281,44 +239,19 @@ impl Resolver {
     }
 
     /// The tensor of a module under exactly this path.
-    fn named(&self, path: &str, parameter: &str) -> Option<Place> {
-        let whole = |tensor: String| self.names.contains(&tensor).then(|| Place::whole(tensor));
-        whole(join(path, parameter))
+    fn named(&self, path: &str, parameter: &str) -> Option<String> {
+        self.has(join(path, parameter))
             // nn.MultiheadAttention keeps the three input projections in one parameter of its own.
-            .or_else(|| whole(join(path, &format!("in_proj_{parameter}"))))
-            .or_else(|| self.expert(path, parameter))
+            .or_else(|| self.has(join(path, &format!("in_proj_{parameter}"))))
             // FLUX's RMSNorm calls its weight `scale`.
             .or_else(|| {
                 let is_norm = parameter == "weight" && path.ends_with("_norm");
-                is_norm.then(|| whole(join(path, "scale"))).flatten()
-            })
-            // OpenCLIP's `text_projection` is a parameter of the model.
-            .or_else(|| {
-                whole(path.to_owned())
-                    .filter(|_| parameter == "weight" && leaf(path) == "text_projection")
+                is_norm.then(|| self.has(join(path, "scale"))).flatten()
             })
     }
 
-    /// `….experts.3.w1` of transformers 4 in the fused `….experts.gate_up_proj` of transformers 5.
-    fn expert(&self, path: &str, parameter: &str) -> Option<Place> {
-        if parameter != "weight" {
-            return None;
-        }
-        let (owner, part) = path.rsplit_once('.')?;
-        let (owner, expert) = owner.rsplit_once('.')?;
-        let expert = number(expert).filter(|_| leaf(owner) == "experts")?;
-        let (_, fused, part, of) = EXPERT_PARTS.iter().find(|(name, ..)| *name == part)?;
-        let tensor = join(owner, fused);
-        let rows = Rows::Expert {
-            expert,
-            part: *part,
-            of: *of,
-        };
-        self.names.contains(&tensor).then_some(Place {
-            tensor,
-            rows,
-            of_module: false,
-        })
+    fn has(&self, name: String) -> Option<String> {
+        self.names.contains(&name).then_some(name)
     }
 
     /// The names that end most like a path, for a message.
@@ -342,11 +275,7 @@ impl Resolver {
     }
 }
 
-/// The answer to places of which each would do alone: one is exact, more are too many.
-fn one_of(found: BTreeSet<Place>) -> Resolution {
-    one_list(found.into_iter().map(|place| vec![place]).collect())
-}
-
+/// The answer to lists of places of which each would do alone: one is exact, more are too many.
 fn one_list(mut found: BTreeSet<Vec<Place>>) -> Resolution {
     match found.len() {
         0 => Resolution::Unresolved,
@@ -377,43 +306,6 @@ fn likeness(wanted: &[&str], name: &str) -> usize {
     } else {
         2 * tail + shared
     }
-}
-
-/// Every other spelling of a path.
-fn spellings(path: &str) -> BTreeSet<String> {
-    let mut renamed = vec![path.to_owned()];
-    for group in RENAMES {
-        let forth = group.iter().fold(path.to_owned(), |path, (disk, memory)| {
-            path.replace(memory, disk)
-        });
-        let back = group.iter().fold(path.to_owned(), |path, (disk, memory)| {
-            path.replace(disk, memory)
-        });
-        renamed.extend([forth, back].into_iter().filter(|renamed| renamed != path));
-    }
-    let mut all = BTreeSet::new();
-    for path in renamed {
-        for old in PREFIXES {
-            let Some(rest) = path.strip_prefix(old).filter(|rest| !rest.is_empty()) else {
-                continue;
-            };
-            // The towers of one model are not spellings of each other.
-            let other_tower =
-                |new: &str| matches!((tower(old), tower(new)), (Some(a), Some(b)) if a != b);
-            all.extend(
-                PREFIXES
-                    .iter()
-                    .filter(|new| !other_tower(new))
-                    .map(|new| format!("{new}{rest}")),
-            );
-        }
-    }
-    all.remove(path);
-    all
-}
-
-fn tower(prefix: &str) -> Option<&'static str> {
-    TOWERS.iter().copied().find(|tower| prefix.ends_with(tower))
 }
 
 fn join(path: &str, parameter: &str) -> String {
@@ -473,8 +365,10 @@ mod tests {
             "model.layers.0.mlp.experts.gate_up_proj",
             "model.layers.0.mlp.gate.weight",
         ]);
-        let found =
-            base.resolve_parameter("model.layers.0.block_sparse_moe.experts.3.w3", "weight");
+        let found = base.resolve(
+            "model.layers.0.block_sparse_moe.experts.3.w3",
+            Spelling::Dotted,
+        );
         let place = Place {
             rows: Rows::Expert {
                 expert: 3,
@@ -484,7 +378,13 @@ mod tests {
             ..Place::whole("model.layers.0.mlp.experts.gate_up_proj")
         };
         assert_eq!(found, Resolution::Renamed(vec![place]));
-        let found = base.resolve_parameter("model.layers.0.block_sparse_moe.gate", "weight");
+        let found = base.resolve("model.layers.0.block_sparse_moe.gate", Spelling::Dotted);
+        let whole = "model.layers.0.block_sparse_moe.experts.3";
+        assert_eq!(
+            base.resolve_parameter(&format!("{whole}.w3"), "weight"),
+            Resolution::Unresolved,
+            "a whole tensor is not a part of another"
+        );
         let gate = Place::whole("model.layers.0.mlp.gate.weight");
         assert_eq!(found, Resolution::Renamed(vec![gate]));
     }

@@ -36,4 +36,5 @@ mod real_adapters;
 mod support;
 mod tied;
 mod torch_files;
+mod transformers;
 mod truncation;

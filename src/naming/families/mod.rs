@@ -1,10 +1,12 @@
 //! Families of models whose layers have two names: that of the hub and that of another layout.
 //!
 //! [`FAMILIES`] is the only list. A family is data: rows of two patterns, in which `*` stands for a
-//! number, and the part of the other's rows that the hub's layer is.
+//! number, and the part of the other's rows that the hub's layer is. What transformers itself changed
+//! is a list of its own (`transformers`), because it holds behind any prefix.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::iter;
+use std::sync::LazyLock;
 
 use super::path;
 use super::rows::Rows;
@@ -20,6 +22,7 @@ mod qwen_image;
 mod sd3;
 mod sd_unet;
 mod t5;
+pub(super) mod transformers;
 mod wan;
 
 /// A way to name the layers of a model, other than the hub's.
@@ -33,6 +36,8 @@ pub enum Layout {
     Torchtune,
     /// LitGPT.
     Litgpt,
+    /// transformers 5, where it differs from the names in files.
+    Transformers,
 }
 
 /// Longer than any path that a row describes.
@@ -60,6 +65,15 @@ pub struct Row {
     pub other: String,
     /// Where the rows of the hub's layer lie in the other.
     pub rows: Rows,
+}
+
+impl Row {
+    fn name(&self, side: Side) -> &str {
+        match side {
+            Side::Hub => &self.hub,
+            Side::Other => &self.other,
+        }
+    }
 }
 
 /// Every family.
@@ -180,6 +194,8 @@ pub struct Match {
     pub family: &'static Family,
     /// The row.
     pub row: &'static Row,
+    /// All rows of the family.
+    rows: &'static [Row],
     /// Which name of the row the path is.
     pub side: Side,
     /// The numbers in it.
@@ -189,11 +205,15 @@ pub struct Match {
 impl Match {
     /// The name on one side, with the numbers of the path.
     pub fn name(&self, side: Side) -> String {
-        let pattern = match side {
-            Side::Hub => &self.row.hub,
-            Side::Other => &self.row.other,
-        };
-        fill(pattern, &self.numbers)
+        fill(self.row.name(side), &self.numbers)
+    }
+
+    /// The name on the other side than the path's.
+    pub(super) fn renamed(&self) -> String {
+        self.name(match self.side {
+            Side::Hub => Side::Other,
+            Side::Other => Side::Hub,
+        })
     }
 
     /// Where the rows of the hub's layer lie in the other, with the number of its expert.
@@ -210,9 +230,8 @@ impl Match {
     /// All rows of the family that share this row's other name, in the order of the table: itself
     /// where it is whole, or all parts of a fused layer.
     pub fn siblings(&self) -> Vec<Match> {
-        let rows = &index().rows[&std::ptr::from_ref(self.family).addr()];
-        rows.iter()
-            .filter(|row| row.other == self.row.other)
+        let rows = self.rows.iter();
+        rows.filter(|row| row.other == self.row.other)
             .map(|row| Match {
                 row,
                 ..self.clone()
@@ -223,55 +242,38 @@ impl Match {
 
 /// Every row that a path fits, dotted or with every dot written as `_`.
 pub fn find(path: &str, flattened: bool) -> Vec<Match> {
-    if path.len() > LONGEST {
-        return Vec::new();
-    }
-    let (pattern, found) = wildcards(path);
-    let entries = index().patterns.get(&pattern).into_iter().flatten();
-    let fits = |entry: &&Entry| {
-        let name = match entry.side {
-            Side::Hub => &entry.row.hub,
-            Side::Other => &entry.row.other,
-        };
-        let numbers = numbers(name, &found)?;
-        let name = fill(name, &numbers);
-        let same = match flattened {
-            true => name.replace('.', "_") == path,
-            false => name == path,
-        };
-        same.then_some(Match {
-            family: entry.family,
-            row: entry.row,
-            side: entry.side,
-            numbers,
-        })
-    };
-    entries.filter_map(|entry| fits(&entry)).collect()
+    static ALL: LazyLock<Index> = LazyLock::new(|| Index::new(FAMILIES));
+    ALL.find(path, flattened)
+}
+
+/// Every row that the end of a path fits, of those that transformers 4 and 5 name differently, and what
+/// stands before it.
+pub(super) fn ends(path: &str) -> Vec<(&str, Match)> {
+    static ALL: LazyLock<Index> = LazyLock::new(|| Index::new(transformers::TRANSFORMERS));
+    const SEGMENTS: usize = 6; // of the longest name
+    let starts = path.rmatch_indices('.').map(|(at, _)| at + 1);
+    let splits = starts.chain(iter::once(0)).take(SEGMENTS);
+    let all = splits.map(|at| path.split_at(at));
+    all.flat_map(|(head, end)| ALL.find(end, false).into_iter().map(move |m| (head, m)))
+        .collect()
 }
 
 struct Entry {
     family: &'static Family,
+    rows: &'static [Row],
     row: &'static Row,
     side: Side,
 }
 
-struct Index {
-    patterns: HashMap<String, Vec<Entry>>,
-    /// By the address of the family.
-    rows: HashMap<usize, &'static [Row]>,
-}
+/// The rows of families by their patterns.
+struct Index(HashMap<String, Vec<Entry>>);
 
-fn index() -> &'static Index {
-    static INDEX: OnceLock<Index> = OnceLock::new();
-    INDEX.get_or_init(|| {
-        let mut index = Index {
-            patterns: HashMap::new(),
-            rows: HashMap::new(),
-        };
-        for family in FAMILIES {
+impl Index {
+    fn new(families: &'static [Family]) -> Self {
+        let mut index = HashMap::<String, Vec<Entry>>::new();
+        for family in families {
             // Made once for the life of the program.
             let rows: &'static [Row] = Vec::leak((family.rows)());
-            index.rows.insert(std::ptr::from_ref(family).addr(), rows);
             for row in rows {
                 for (side, name) in [(Side::Hub, &row.hub), (Side::Other, &row.other)] {
                     // A stack is not the layer of one expert.
@@ -279,13 +281,42 @@ fn index() -> &'static Index {
                         continue;
                     }
                     let (pattern, _) = wildcards(name);
-                    let entries = index.patterns.entry(pattern).or_default();
-                    entries.push(Entry { family, row, side });
+                    index.entry(pattern).or_default().push(Entry {
+                        family,
+                        rows,
+                        row,
+                        side,
+                    });
                 }
             }
         }
-        index
-    })
+        Index(index)
+    }
+
+    fn find(&self, path: &str, flattened: bool) -> Vec<Match> {
+        if path.len() > LONGEST {
+            return Vec::new();
+        }
+        let (pattern, found) = wildcards(path);
+        let entries = self.0.get(&pattern).into_iter().flatten();
+        let fits = |entry: &Entry| {
+            let name = entry.row.name(entry.side);
+            let numbers = numbers(name, &found)?;
+            let name = fill(name, &numbers);
+            let same = match flattened {
+                true => name.replace('.', "_") == path,
+                false => name == path,
+            };
+            same.then_some(Match {
+                family: entry.family,
+                row: entry.row,
+                rows: entry.rows,
+                side: entry.side,
+                numbers,
+            })
+        };
+        entries.filter_map(fits).collect()
+    }
 }
 
 /// A name with every number between dots or underscores replaced by `*`, and those numbers.

@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
-use crate::naming::{Attention, Place, Resolution, Resolver, Rows, Spelling};
+use crate::naming::{Attention, Place, Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Choice;
 use crate::printable::acts_on_a_terminal;
@@ -138,17 +138,7 @@ impl<'a> Planner<'a> {
                 .name
                 .rsplit_once('.')
                 .unwrap_or(("", &replacement.name));
-            let mut resolution = self.resolver.resolve_parameter(path, parameter);
-            if let (Resolution::Unresolved, "weight") = (&resolution, parameter) {
-                // Under the other name of a family, where that is the same tensor.
-                resolution = match self.resolver.resolve(path, Spelling::Dotted) {
-                    Resolution::Exact(places) if places == [Place::whole(&*places[0].tensor)] => {
-                        Resolution::Exact(places)
-                    }
-                    _ => Resolution::Unresolved,
-                };
-            }
-            let replaced = match resolution {
+            let replaced = match self.resolver.resolve_parameter(path, parameter) {
                 Resolution::Exact(places) | Resolution::Renamed(places) => {
                     self.replace(index, replacement, &places[0].tensor)?
                 }
