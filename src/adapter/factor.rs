@@ -95,8 +95,7 @@ impl Factor {
 /// `c · left · right`, evaluated by blocks of rows as `docs/numerics.md` defines.
 #[derive(Debug)]
 pub struct Product {
-    /// `None` stands for the 1 × 1 matrix of one.
-    left: Option<Factor>,
+    left: Factor,
     right: Factor,
     packed: Option<Panels>,
     c: f64,
@@ -118,26 +117,11 @@ impl Product {
         debug_assert_eq!(left.columns(), right.rows());
         let exact_products = left.is_narrow() && right.is_narrow();
         Self::packed(Product {
-            left: Some(left),
+            left,
             right,
             packed: None,
             c,
             exact_products,
-        })
-    }
-
-    /// Prepares `c` times a row: chains of one link, `fma(1, row[j], +0)`.
-    ///
-    /// # Errors
-    /// Those of [`Factor::block`].
-    pub fn of_row(row: Factor, c: f64) -> Result<Self> {
-        debug_assert_eq!(row.rows(), 1);
-        Self::packed(Product {
-            left: None,
-            right: row,
-            packed: None,
-            c,
-            exact_products: true,
         })
     }
 
@@ -152,13 +136,6 @@ impl Product {
     /// The multiplier.
     pub fn c(&self) -> f64 {
         self.c
-    }
-
-    fn left_block(&self, rows: Range<usize>) -> Result<Array2<f64>> {
-        match &self.left {
-            Some(left) => left.block(rows, 0..left.columns()),
-            None => Ok(Array2::ones((rows.len(), 1))),
-        }
     }
 
     fn pack(&self, columns: Range<usize>) -> Result<Panels> {
@@ -178,7 +155,7 @@ impl Product {
     /// Those of [`Factor::block`].
     pub fn add(&self, rows: Range<usize>, value: &mut [f64], kernel: &Kernel) -> Result<()> {
         let columns = self.right.columns();
-        let left = self.left_block(rows)?;
+        let left = self.left.block(rows, 0..self.left.columns())?;
         let left = left.as_standard_layout();
         let left = left.as_slice().expect("standard layout");
         if let Some(panels) = &self.packed {
@@ -205,7 +182,7 @@ impl Product {
     /// # Errors
     /// Those of [`Factor::block`].
     pub fn touches(&self, row: usize, column: usize) -> Result<bool> {
-        let left = self.left_block(row..row + 1)?;
+        let left = self.left.block(row..row + 1, 0..self.left.columns())?;
         let right = self.right.block(0..self.right.rows(), column..column + 1)?;
         let chain = left
             .iter()

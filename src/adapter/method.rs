@@ -138,7 +138,7 @@ pub enum BiasUse {
 pub enum Part {
     /// The weight.
     Weight,
-    /// The bias: one row of outputs.
+    /// The bias: outputs × 1.
     Bias,
 }
 

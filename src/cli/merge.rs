@@ -267,41 +267,7 @@ fn print(report: &Report) {
             ),
         );
     }
-    let paths: Vec<String> = report
-        .modules
-        .iter()
-        .filter(|module| module.part == "weight")
-        .map(|module| match module.rank {
-            Some(rank) => format!(
-                "{} {} rank {rank}, scale {}",
-                module.path, module.method, module.scale.value
-            ),
-            None => format!("{} {}", module.path, module.method),
-        })
-        .collect();
-    fields.add("modules", grouped(paths.len() as u64));
-    if report.dry_run {
-        let plan: Vec<String> = report
-            .modules
-            .iter()
-            .map(|module| {
-                format!(
-                    "{} -> {} rows {}..{} {} {} x {}",
-                    module.path,
-                    module.tensor,
-                    module.rows[0],
-                    module.rows[1],
-                    module.method,
-                    module.strength,
-                    module.scale.value
-                )
-            })
-            .collect();
-        // Every line: that is what a dry run is for.
-        fields.list("plan", &plan);
-    } else {
-        fields.list("", &folded(&paths));
-    }
+    add_modules(&mut fields, report);
     for change in &report.changes {
         if let Some(relative) = change.relative {
             let text = format!(
@@ -350,4 +316,42 @@ fn print(report: &Report) {
         );
     }
     fields.print();
+}
+
+fn add_modules(fields: &mut Fields, report: &Report) {
+    let paths: Vec<String> = report
+        .modules
+        .iter()
+        .filter(|module| module.part == "weight")
+        .map(|module| match module.rank {
+            Some(rank) => format!(
+                "{} {} rank {rank}, scale {}",
+                module.path, module.method, module.scale.value
+            ),
+            None => format!("{} {}", module.path, module.method),
+        })
+        .collect();
+    fields.add("modules", grouped(paths.len() as u64));
+    if report.dry_run {
+        let plan: Vec<String> = report
+            .modules
+            .iter()
+            .map(|module| {
+                format!(
+                    "{} -> {} rows {}..{} {} {} x {}",
+                    module.path,
+                    module.tensor,
+                    module.rows[0],
+                    module.rows[1],
+                    module.method,
+                    module.strength,
+                    module.scale.value
+                )
+            })
+            .collect();
+        // Every line: that is what a dry run is for.
+        fields.list("plan", &plan);
+    } else {
+        fields.list("", &folded(&paths));
+    }
 }

@@ -115,9 +115,9 @@ impl Method for Full {
 }
 
 /// `value[i,j] = fma(m, D[i,j], value[i,j])`.
-struct Add {
-    difference: Factor,
-    strength: f64,
+pub(super) struct Add {
+    pub(super) difference: Factor,
+    pub(super) strength: f64,
 }
 
 impl Update for Add {

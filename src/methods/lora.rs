@@ -12,6 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::full::Add;
 use crate::adapter::factor::{Factor, Product};
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
@@ -115,14 +116,14 @@ impl Method for Lora {
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let c = strength * module.scale.value;
-        Ok(Box::new(Sum(match on.part {
-            Part::Weight => product(module, on.orientation, c)?,
-            Part::Bias => {
-                // acc = fma(bias, 1, +0): the bias itself, as a chain of one link.
-                let bias = Factor::new(module.require(BIAS)?, 1)?;
-                Product::of_row(bias, c)?
-            }
-        })))
+        Ok(match on.part {
+            Part::Weight => Box::new(Sum(product(module, on.orientation, c)?)),
+            // A chain of one link: the bias itself.
+            Part::Bias => Box::new(Add {
+                difference: Factor::new(module.require(BIAS)?, on.rows)?,
+                strength: c,
+            }),
+        })
     }
 }
 

@@ -269,7 +269,9 @@ fn adapter(room: &Room, numbers: &mut Random, path: &str, outputs: usize, inputs
 
 fn merged(room: &Room, base: &str, tensor: &str) -> Stored {
     let output = room.path(&format!("{base} merged"));
-    merge(&options(&room.path(base), &room.path("adapter"), &output)).unwrap();
+    let mut options = options(&room.path(base), &room.path("adapter"), &output);
+    options.force = true;
+    merge(&options).unwrap();
     read(&output.join("model.safetensors"))[tensor].clone()
 }
 
@@ -345,4 +347,139 @@ fn an_expert_changes_its_slice_of_a_stack_of_llama_cpp_and_no_other() {
     assert_ne!(one(&found, 1), one(&stack, 1));
     assert_eq!(one(&found, 0), one(&stack, 0));
     assert_eq!(one(&found, 2), one(&stack, 2));
+}
+
+/// Layers of the hub, what they are together in another layout, and whose rows its rows are.
+struct Fused {
+    hub: &'static [(&'static str, usize)],
+    other: &'static str,
+    order: Vec<usize>,
+}
+
+impl Fused {
+    /// The rows of the hub's layers, in the order of the other layout.
+    fn fuse(&self, parts: &[Stored]) -> Stored {
+        let mut all = parts[0].clone();
+        all.bytes = parts.iter().flat_map(|part| part.bytes.clone()).collect();
+        all.shape[0] = parts.iter().map(|part| part.shape[0]).sum();
+        picked(&all, &self.order)
+    }
+
+    fn outputs(&self, path: &str) -> usize {
+        let all = || self.order.len();
+        let known = self.hub.iter().find(|(name, _)| *name == path);
+        known.map_or_else(all, |(_, outputs)| *outputs)
+    }
+}
+
+/// A merged weight and bias.
+fn both(room: &Room, base: &str, path: &str) -> [Stored; 2] {
+    ["weight", "bias"].map(|parameter| merged(room, base, &format!("{path}.{parameter}")))
+}
+
+#[test]
+fn a_bias_of_a_part_of_a_fused_layer_changes_the_entries_of_its_rows() {
+    const WIDTH: usize = 4;
+    let heads = |heads: &[usize]| {
+        let rows = heads.iter().flat_map(|head| head * 2..(head + 1) * 2);
+        rows.collect::<Vec<_>>()
+    };
+    let to = [
+        ("single_transformer_blocks.0.attn.to_q", WIDTH),
+        ("single_transformer_blocks.0.attn.to_k", WIDTH),
+        ("single_transformer_blocks.0.attn.to_v", WIDTH),
+        ("single_transformer_blocks.0.proj_mlp", 5),
+    ];
+    let layers = [
+        Fused {
+            hub: &[("gpt_neox.layers.0.attention.query_key_value", 24)],
+            other: "blk.0.attn_qkv",
+            order: heads(&[0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]),
+        },
+        Fused {
+            hub: &[
+                ("transformer_blocks.0.attn.add_q_proj", 6),
+                ("transformer_blocks.0.attn.add_k_proj", 6),
+                ("transformer_blocks.0.attn.add_v_proj", 6),
+            ],
+            other: "double_blocks.0.txt_attn.qkv",
+            order: (0..18).collect(),
+        },
+        Fused {
+            hub: Vec::leak(to.to_vec()),
+            other: "single_blocks.0.linear1",
+            order: (0..17).collect(),
+        },
+        Fused {
+            hub: &[("norm_out.linear", 6)],
+            other: "final_layer.adaLN_modulation.1",
+            order: vec![3, 4, 5, 0, 1, 2],
+        },
+        Fused {
+            hub: &[
+                ("encoder.layer.0.mlp.gate_proj", 5),
+                ("encoder.layer.0.mlp.up_proj", 5),
+            ],
+            other: "encoder.layer.0.mlp.weights_in",
+            order: (0..10).collect(),
+        },
+    ];
+    for layer in layers {
+        let room = Room::new();
+        let numbers = &mut Random(9);
+        let config = match layer.hub[0].0.starts_with("gpt_neox") {
+            true => serde_json::json!({ "model_type": "gpt_neox", "num_attention_heads": 4 }),
+            false => serde_json::json!({}),
+        };
+        let mut hub = Vec::new();
+        for (path, outputs) in layer.hub {
+            hub.push((
+                format!("{path}.weight"),
+                random(numbers, &[*outputs, WIDTH]),
+            ));
+            hub.push((format!("{path}.bias"), random(numbers, &[*outputs])));
+        }
+        let of = |at: usize| -> Vec<Stored> {
+            let tensors = hub.iter().skip(at).step_by(2);
+            tensors.map(|(_, tensor)| tensor.clone()).collect()
+        };
+        let names = ["weight", "bias"].map(|parameter| format!("{}.{parameter}", layer.other));
+        let other = [
+            (&*names[0], layer.fuse(&of(0))),
+            (&*names[1], layer.fuse(&of(1))),
+        ];
+        let named: Vec<_> = hub
+            .iter()
+            .map(|(name, tensor)| (&**name, tensor.clone()))
+            .collect();
+        write_base(&room.path("hub"), Some(&config), &named);
+        write_base(&room.path("other"), Some(&config), &other);
+        let paths = layer.hub.iter().map(|(path, _)| *path);
+        for path in paths.chain([layer.other]) {
+            let outputs = layer.outputs(path);
+            for method in ["LORA", "IA3"] {
+                let config = serde_json::json!({
+                    "peft_type": method, "r": 2, "lora_alpha": 3, "lora_bias": true,
+                    "target_modules": [path], "feedforward_modules": [],
+                });
+                let key = |suffix: &str| format!("base_model.model.{path}.{suffix}");
+                let tensors = match method {
+                    "LORA" => vec![
+                        (key("lora_A.weight"), random(numbers, &[2, WIDTH])),
+                        (key("lora_B.weight"), random(numbers, &[outputs, 2])),
+                        (key("lora_B.bias"), random(numbers, &[outputs])),
+                    ],
+                    _ => vec![(key("ia3_l"), random(numbers, &[outputs, 1]))],
+                };
+                let tensors: Vec<_> = tensors.iter().map(|(n, t)| (&**n, t.clone())).collect();
+                write_adapter(&room.path("adapter"), &config, &tensors);
+                let parts = layer.hub.iter().map(|(path, _)| both(&room, "hub", path));
+                let (weights, biases): (Vec<_>, Vec<_>) = parts.map(|[w, b]| (w, b)).unzip();
+                let [weight, bias] = both(&room, "other", layer.other);
+                assert_ne!(bias.bytes, other[1].1.bytes, "{method}, {path}");
+                assert_eq!(layer.fuse(&weights).bytes, weight.bytes, "{method}, {path}");
+                assert_eq!(layer.fuse(&biases).bytes, bias.bytes, "{method}, {path}");
+            }
+        }
+    }
 }

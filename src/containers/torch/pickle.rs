@@ -317,17 +317,7 @@ impl<'a> Machine<'a> {
                 let items = self.since_mark()?;
                 self.object(Object::Tuple(items));
             }
-            0x85..=0x87 => {
-                let count = usize::from(instruction - 0x84);
-                let Some(start) = self.stack.len().checked_sub(count) else {
-                    return self.wrong("a value is missing");
-                };
-                if self.marks.last().is_some_and(|mark| start < *mark) {
-                    return self.wrong("a value is missing");
-                }
-                let items = self.stack.split_off(start);
-                self.object(Object::Tuple(items));
-            }
+            0x85..=0x87 => self.tuple_of(usize::from(instruction - 0x84))?,
             b'a' => {
                 let item = self.pop()?;
                 self.append(vec![item])?;
@@ -384,31 +374,44 @@ impl<'a> Machine<'a> {
                 let (arguments, function) = (self.pop()?, self.pop()?);
                 self.call(function, arguments)?;
             }
-            // State of an object: `_metadata` of a state dictionary, which says nothing about tensors.
-            b'b' => {
-                let state = self.pop()?;
-                let target = self.top()?;
-                let is =
-                    |value, test: fn(&Object) -> bool| self.pickle.object(value).is_some_and(test);
-                let dict = |object: &Object| matches!(object, Object::Dict(_));
-                let number = |object: &Object| matches!(object, Object::Number(_));
-                if is(target, number) {
-                    // Version, order of the bytes, and what only structures have.
-                    let order = self.pickle.tuple(state).and_then(|items| items.get(1));
-                    let order = order.and_then(|order| self.pickle.text(*order));
-                    if order != Some("<") {
-                        return self.wrong("a number that is not in little-endian order");
-                    }
-                } else if !is(target, dict) || !is(state, dict) {
-                    return self.wrong("state for something that is no state dictionary");
-                }
-            }
+            b'b' => self.build()?,
             other => {
                 return Err(Error::new(Reason::PickleInstruction {
                     code: other,
                     at: self.started,
                 }));
             }
+        }
+        Ok(())
+    }
+
+    fn tuple_of(&mut self, count: usize) -> Result<()> {
+        let start = self.stack.len().checked_sub(count);
+        let floor = self.marks.last().copied().unwrap_or(0);
+        let Some(start) = start.filter(|start| *start >= floor) else {
+            return self.wrong("a value is missing");
+        };
+        let items = self.stack.split_off(start);
+        self.object(Object::Tuple(items));
+        Ok(())
+    }
+
+    /// State of an object: `_metadata` of a state dictionary, which says nothing about tensors.
+    fn build(&mut self) -> Result<()> {
+        let state = self.pop()?;
+        let target = self.top()?;
+        let is = |value, test: fn(&Object) -> bool| self.pickle.object(value).is_some_and(test);
+        let dict = |object: &Object| matches!(object, Object::Dict(_));
+        let number = |object: &Object| matches!(object, Object::Number(_));
+        if is(target, number) {
+            // Version, order of the bytes, and what only structures have.
+            let order = self.pickle.tuple(state).and_then(|items| items.get(1));
+            let order = order.and_then(|order| self.pickle.text(*order));
+            if order != Some("<") {
+                return self.wrong("a number that is not in little-endian order");
+            }
+        } else if !is(target, dict) || !is(state, dict) {
+            return self.wrong("state for something that is no state dictionary");
         }
         Ok(())
     }

@@ -51,17 +51,22 @@ const EXPERTS: Family = Family {
         let mut rows = Vec::new();
         let blocks = [("", ""), (".gate", ".gate"), (".gate", ".router")];
         whole(&mut rows, "block_sparse_moe", "mlp", &blocks);
-        for (hub, layer, part, of) in [
-            ("block_sparse_moe.experts.*.w1", "gate_up_proj", 0, 2),
-            ("block_sparse_moe.experts.*.w3", "gate_up_proj", 1, 2),
-            ("block_sparse_moe.experts.*.w2", "down_proj", 0, 1),
-            ("mlp.experts.*.gate_proj", "gate_up_proj", 0, 2),
-            ("mlp.experts.*.up_proj", "gate_up_proj", 1, 2),
-            ("mlp.experts.*.down_proj", "down_proj", 0, 1),
+        for (layer, fused, part, of) in [
+            ("w1", "gate_up_proj", 0, 2),
+            ("w3", "gate_up_proj", 1, 2),
+            ("w2", "down_proj", 0, 1),
+            ("gate_proj", "gate_up_proj", 0, 2),
+            ("up_proj", "gate_up_proj", 1, 2),
+            ("down_proj", "down_proj", 0, 1),
         ] {
             let expert = 0; // the last number of the hub's name tells
-            let rows_of = Rows::Expert { expert, part, of };
-            rows.push(row(hub, format!("mlp.experts.{layer}"), rows_of));
+            for (hub, other) in [("", ""), ("block_sparse_moe.", "mlp.")] {
+                rows.push(row(
+                    format!("{hub}experts.*.{layer}"),
+                    format!("{other}experts.{fused}"),
+                    Rows::Expert { expert, part, of },
+                ));
+            }
         }
         rows
     },

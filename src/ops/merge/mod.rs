@@ -13,6 +13,8 @@ use crate::tensor::Float;
 
 mod embeddings;
 mod layout;
+mod missing;
+mod padding;
 mod place;
 mod plan;
 mod planner;

@@ -52,10 +52,8 @@ impl Area {
             return Some(vec![area(0..*outer, None)]);
         }
         if place.of_module {
-            let inputs = extent
-                .inputs
-                .or((!place.rows.needs_columns()).then_some(0))?;
-            let outputs = place.rows.ranges(extent.outputs?, inputs, attention)?;
+            // A fused layer and its parts have the same inputs.
+            let outputs = place.rows.ranges(extent.outputs?, columns, attention)?;
             return Some(vec![area(0..*outer, Some(outputs))]);
         }
         let mut output = 0;

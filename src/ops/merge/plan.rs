@@ -128,7 +128,7 @@ impl PlannedTensor {
     /// Rows and columns of the matrix that it is evaluated as.
     pub fn matrix(&self) -> (usize, usize) {
         let elements: usize = self.shape.iter().product();
-        // A vector is one row: a bias has outputs along its columns, and is merged as such.
+        // A vector is one row, but a bias that is merged is a column: then it has rows as its weight has.
         match (self.modules.first(), self.shape.as_slice()) {
             (Some(module), _) if module.geometry.columns > 0 => {
                 (elements / module.geometry.columns, module.geometry.columns)

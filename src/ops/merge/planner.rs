@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::missing::Missing;
+use super::padding::{not_padded, padded};
 use super::place::{Area, architecture, attention, on_weight, stacks_outputs_first};
 use super::plan::{Opened, PlannedModule, PlannedTensor};
 use super::replication::replicate;
 use super::{Options, embeddings};
 use crate::adapter::{
-    BiasUse, Geometry, Module, Order, Orientation, Padding, Part, Replacement, ReplacementKind,
+    BiasUse, Geometry, Module, Order, Orientation, Part, Replacement, ReplacementKind,
 };
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Edit;
@@ -18,7 +20,7 @@ use crate::naming::{Attention, Place, Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Choice;
 use crate::printable::acts_on_a_terminal;
-use crate::tensor::{Float, Tensor, elements};
+use crate::tensor::{Float, Tensor};
 
 /// Every tensor of the output, with what happens to it.
 pub(super) struct Placed {
@@ -365,43 +367,17 @@ impl<'a> Planner<'a> {
         let module = &opened.adapter.modules[number];
         let name = place.tensor.as_str();
         let strength = opened.strength_of(&module.path)?;
-        let target = self.by_name[name];
-        let shape = self.tensors[target].shape.clone();
-        let extent = module.method.extent(module);
-        let attention = self.attention;
-        let is_expert = matches!(place.rows, Rows::Expert { .. });
-        let areas = Area::all(place, &shape, &extent, attention)
-            .filter(|_| !is_expert || stacks_outputs_first(self.base, name));
-        let Some(areas) = areas else {
-            if place.rows.needs_heads() && attention == Attention::default() {
-                let tensor = name.to_owned();
-                return Err(module.error(Reason::HeadsUnknown { tensor }));
-            }
-            let adapter = match is_expert {
-                true => "a single expert".to_owned(),
-                false => format!(
-                    "a part of the rows ({} outputs)",
-                    extent.outputs.unwrap_or(0)
-                ),
-            };
-            return Err(module.error(Reason::Shape {
-                adapter,
-                base: format!("shape {shape:?}"),
-            }));
-        };
-        let taken = |area: &Area| -> Result<Option<Arc<Module>>> {
-            let taken = area.outputs.as_deref().map(|rows| module.outputs(rows));
-            Ok(taken.transpose()?.map(Arc::new))
-        };
+        let areas = self.areas(module, place)?;
         if !module.method.weight(module) {
             return self.bias_of(index, number, strength, place, &areas, renamed);
         }
-        touchable(&self.tensors[target])?;
+        let tensor = &mut self.tensors[self.by_name[name]];
+        touchable(tensor)?;
         for area in &areas {
-            let taken = taken(area)?;
+            let taken = taken(module, area)?;
             let part = taken.as_deref().unwrap_or(module);
             let transposed = place.rows == Rows::Transposed;
-            let geometry = on_weight(self.base, part, name, &shape, area, transposed)?;
+            let geometry = on_weight(self.base, part, name, &tensor.shape, area, transposed)?;
             // PEFT defines neither DoRA nor IA3 there.
             let together = name.ends_with("in_proj_weight") && place.rows == Rows::Whole;
             if together && module.method.order() == Order::Sequential {
@@ -420,7 +396,7 @@ impl<'a> Planner<'a> {
                 renamed,
                 taken,
             };
-            let twice = self.tensors[target].modules.iter().find(|other| {
+            let twice = tensor.modules.iter().find(|other| {
                 let rows =
                     other.rows.start < planned.rows.end && planned.rows.start < other.rows.end;
                 other.adapter == index && other.geometry.part == Part::Weight && rows
@@ -432,23 +408,36 @@ impl<'a> Planner<'a> {
                     tensor: name.to_owned(),
                 }));
             }
-            self.tensors[target].modules.push(planned);
+            tensor.modules.push(planned);
         }
-        if module.method.ignores_strength() && strength != 1.0 {
-            let text = format!(
-                "it replaces a whole weight, to which the strength {strength} does not apply"
-            );
-            let notice = Notice::new(NoticeKind::StrengthIgnored, text).on(&*module.path);
-            self.notices.push(notice);
-        } else if module.method.order() == Order::Sequential && strength != 1.0 {
-            let text = format!(
-                "{} at strength {strength} interpolates between the base and the full result; PEFT scales inside the formula",
-                module.method.name()
-            );
-            self.notices
-                .push(Notice::new(NoticeKind::StrengthInterpolates, text).on(&*module.path));
-        }
+        self.notices.extend(not_scaled(module, strength));
         self.bias_of(index, number, strength, place, &areas, renamed)
+    }
+
+    /// The rows of a tensor that a module owns.
+    fn areas(&self, module: &Module, place: &Place) -> Result<Vec<Area>> {
+        let shape = &self.tensors[self.by_name[&place.tensor]].shape;
+        let extent = module.method.extent(module);
+        let is_expert = matches!(place.rows, Rows::Expert { .. });
+        let areas = Area::all(place, shape, &extent, self.attention)
+            .filter(|_| !is_expert || stacks_outputs_first(self.base, &place.tensor));
+        areas.ok_or_else(|| {
+            if place.rows.needs_heads() && self.attention == Attention::default() {
+                let tensor = place.tensor.clone();
+                return module.error(Reason::HeadsUnknown { tensor });
+            }
+            let adapter = match is_expert {
+                true => "a single expert".to_owned(),
+                false => format!(
+                    "a part of the rows ({} outputs)",
+                    extent.outputs.unwrap_or(0)
+                ),
+            };
+            module.error(Reason::Shape {
+                adapter,
+                base: format!("shape {shape:?}"),
+            })
+        })
     }
 
     /// What a module does to the bias beside a weight.
@@ -480,51 +469,44 @@ impl<'a> Planner<'a> {
             }
             (_, Some(bias)) => bias,
         };
+        let weight_rows = self.tensors[self.by_name[name]].shape.first().copied();
         let tensor = &mut self.tensors[target];
         touchable(tensor)?;
-        // A bias is one row, changed whole.
         let all = tensor.shape.first().copied().unwrap_or(0);
-        let outputs = module.method.extent(module).outputs;
-        let taken = match areas {
-            [Area { outputs: None, .. }] => None,
-            [
-                Area {
-                    outputs: Some(rows),
-                    ..
-                },
-            ] => Some(Arc::new(module.outputs(rows)?)),
-            _ => {
-                return Err(module.error(Reason::MethodOnTarget {
-                    method: "a bias",
-                    what: "a fused layer whose rows alternate",
+        for area in areas {
+            let taken = taken(module, area)?;
+            let part = taken.as_deref().unwrap_or(module);
+            // Of a weight that is covered whole the rows may be its inputs.
+            let rows = match Some(area.rows.len()) == weight_rows {
+                true => 0..all,
+                false => area.rows.clone(),
+            };
+            let fits = tensor.shape.len() == 1 && (rows.end == all || Some(all) == weight_rows);
+            if !fits || part.method.extent(part).outputs != Some(rows.len()) {
+                let outputs = module.method.extent(module).outputs;
+                let adapter = format!("a bias of {} outputs", outputs.unwrap_or(0));
+                return Err(module.error(Reason::Shape {
+                    adapter,
+                    base: format!("shape {:?}", tensor.shape),
                 }));
             }
-        };
-        let part = taken.as_deref().unwrap_or(module);
-        let count = part.method.extent(part).outputs;
-        if tensor.shape.len() != 1 || count != Some(all) {
-            let adapter = format!("a bias of {} outputs", outputs.unwrap_or(0));
-            return Err(module.error(Reason::Shape {
-                adapter,
-                base: format!("shape {:?}", tensor.shape),
-            }));
+            let geometry = Geometry {
+                part: Part::Bias,
+                rows: rows.len(),
+                columns: 1,
+                orientation: Orientation::OutputsFirst,
+                kernel: 1,
+            };
+            tensor.modules.push(PlannedModule {
+                adapter: index,
+                module: number,
+                strength,
+                rows,
+                geometry,
+                renamed,
+                taken,
+            });
         }
-        let geometry = Geometry {
-            part: Part::Bias,
-            rows: 1,
-            columns: all,
-            orientation: Orientation::InputsFirst,
-            kernel: 1,
-        };
-        tensor.modules.push(PlannedModule {
-            adapter: index,
-            module: number,
-            strength,
-            rows: 0..1,
-            geometry,
-            renamed,
-            taken,
-        });
         Ok(())
     }
 
@@ -600,35 +582,11 @@ impl<'a> Planner<'a> {
     }
 
     fn report_missing(&mut self) -> Result<()> {
-        let missing = &mut self.missing;
-        if !missing.ambiguous.is_empty() {
-            let reason = Reason::Ambiguous {
-                count: missing.ambiguous.len(),
-            };
-            return Err(Error::new(reason)
-                .in_file(&self.base.path)
-                .with_cases(std::mem::take(&mut missing.ambiguous)));
-        }
-        if missing.unresolved.is_empty() {
-            return Ok(());
-        }
-        if !self.options.allow_unmatched {
-            let reason = Reason::Modules {
-                count: missing.unresolved.len(),
-            };
-            return Err(Error::new(reason)
-                .in_file(&self.base.path)
-                .with_cases(std::mem::take(&mut missing.unresolved))
-                .with_hint(
-                    "is this the base the adapter was trained on? --allow-unmatched leaves these parts out",
-                ));
-        }
-        self.selected = self.selected.saturating_sub(missing.names.len());
-        for name in &missing.names {
-            let text = "it has no place in the base and was left out";
-            self.notices
-                .push(Notice::new(NoticeKind::LeftOut, text).on(&**name));
-        }
+        let left_out = self
+            .missing
+            .report(&self.base.path, self.options.allow_unmatched)?;
+        self.selected = self.selected.saturating_sub(left_out.len());
+        self.notices.extend(left_out);
         Ok(())
     }
 
@@ -640,73 +598,33 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// What has no place in the base.
-#[derive(Default)]
-struct Missing {
-    unresolved: Vec<String>,
-    ambiguous: Vec<String>,
-    names: Vec<String>,
-}
-
-impl Missing {
-    fn unresolved(&mut self, resolver: &Resolver, name: &str) {
-        // Looking for near names costs a walk over the base, so only the first cases get it.
-        let near = if self.unresolved.len() < 20 {
-            resolver.nearest(name, 3)
-        } else {
-            Vec::new()
-        };
-        self.names.push(name.to_owned());
-        self.unresolved.push(match near.is_empty() {
-            true => name.to_owned(),
-            false => format!("{name} (nearest: {})", near.join(", ")),
-        });
-    }
-
-    fn ambiguous(&mut self, name: &str, names: &[String]) {
-        self.ambiguous.push(format!("{name}: {}", names.join(", ")));
-    }
-}
-
-/// Most bytes of a widened weight, which is kept in memory.
-const PADDED: usize = 1 << 28;
-
-/// A tensor with zeros behind it along every axis; `None` where it does not fit in or gets too large.
-fn padded(tensor: &Tensor, shape: &[usize]) -> Result<Option<Tensor>> {
-    let old = &tensor.shape;
-    let fits = old.len() == shape.len() && old.iter().zip(shape).all(|(old, new)| old <= new);
-    let size = tensor.dtype.bitsize() / 8;
-    let length = elements(shape).and_then(|count| count.checked_mul(size));
-    let (Some(length), Some(width)) = (length.filter(|l| fits && *l <= PADDED), old.last()) else {
-        return Ok(None);
+/// A notice if a strength does not scale what a module does.
+fn not_scaled(module: &Module, strength: f64) -> Option<Notice> {
+    let (kind, text) = if strength == 1.0 {
+        return None;
+    } else if module.method.ignores_strength() {
+        (
+            NoticeKind::StrengthIgnored,
+            format!("it replaces a whole weight, to which the strength {strength} does not apply"),
+        )
+    } else if module.method.order() == Order::Sequential {
+        (
+            NoticeKind::StrengthInterpolates,
+            format!(
+                "{} at strength {strength} interpolates between the base and the full result; PEFT scales inside the formula",
+                module.method.name()
+            ),
+        )
+    } else {
+        return None;
     };
-    let mut padded = vec![0; length];
-    let bytes = tensor.bytes()?;
-    for (row, bytes) in bytes.chunks_exact((width * size).max(1)).enumerate() {
-        // The place of the row in both shapes, from the last axis but one outwards.
-        let (mut row, mut at, mut stride) = (row, 0, size * shape[shape.len() - 1]);
-        for axis in (0..shape.len() - 1).rev() {
-            at += row % old[axis] * stride;
-            (row, stride) = (row / old[axis], stride * shape[axis]);
-        }
-        padded[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-    Ok(Some(Tensor {
-        shape: shape.to_vec(),
-        offset: 0,
-        length: length as u64,
-        memory: Some(Arc::new(padded)),
-        made: None,
-        ..tensor.clone()
-    }))
+    Some(Notice::new(kind, text).on(&*module.path))
 }
 
-fn not_padded(padding: &Padding, base: &[usize]) -> Error {
-    let reason = Reason::PaddedShape {
-        adapter: padding.shape.clone(),
-        base: base.to_vec(),
-    };
-    padding.tensor.error(reason).on(&*padding.path)
+/// The module of the rows of an area alone, where they are not all of its outputs in order.
+fn taken(module: &Module, area: &Area) -> Result<Option<Arc<Module>>> {
+    let taken = area.outputs.as_deref().map(|rows| module.outputs(rows));
+    Ok(taken.transpose()?.map(Arc::new))
 }
 
 fn touchable(tensor: &PlannedTensor) -> Result<()> {

@@ -58,24 +58,7 @@ pub(super) fn replicate(
         .map(|(n, _)| n + 1)
         .max()
         .unwrap_or(0);
-    let mut sources = Vec::new();
-    for (first, end) in &replication.adapter.replication {
-        if *end > layers {
-            return Err(fail(Reason::ReplicationRange {
-                first: *first,
-                last: *end,
-                layers,
-            }));
-        }
-        // Before the range is spelled out: it is a number from a file.
-        if sources.len() + (end - first) > LAYER_LIMIT {
-            return Err(fail(Reason::TooMany {
-                what: "layers",
-                limit: LAYER_LIMIT,
-            }));
-        }
-        sources.extend(*first..*end);
-    }
+    let sources = sources(&replication.adapter.replication, layers).map_err(fail)?;
     for (shard, tensor) in all {
         if tensors.len() > TENSOR_LIMIT {
             return Err(fail(Reason::TooMany {
@@ -86,17 +69,13 @@ pub(super) fn replicate(
         match layer_of(&tensor.name) {
             None => tensors.push(PlannedTensor::of(tensor, tensor.name.clone(), shard)),
             Some((layer, rest)) => {
-                for (new, _) in sources
+                let copies = sources
                     .iter()
                     .enumerate()
-                    .filter(|(_, source)| **source == layer)
-                {
-                    tensors.push(PlannedTensor::of(
-                        tensor,
-                        format!("{prefix}{new}.{rest}"),
-                        shard,
-                    ));
-                }
+                    .filter(|(_, from)| **from == layer);
+                tensors.extend(copies.map(|(new, _)| {
+                    PlannedTensor::of(tensor, format!("{prefix}{new}.{rest}"), shard)
+                }));
             }
         }
     }
@@ -113,6 +92,29 @@ pub(super) fn replicate(
             .filter_map(|field| repeated(base, field, layers, &sources)),
     );
     Ok(tensors)
+}
+
+/// The layer of the base that each layer of the result is.
+fn sources(ranges: &[(usize, usize)], layers: usize) -> Result<Vec<usize>, Reason> {
+    let mut sources = Vec::new();
+    for (first, end) in ranges {
+        if *end > layers {
+            return Err(Reason::ReplicationRange {
+                first: *first,
+                last: *end,
+                layers,
+            });
+        }
+        // Before the range is spelled out: it is a number from a file.
+        if sources.len() + (end - first) > LAYER_LIMIT {
+            return Err(Reason::TooMany {
+                what: "layers",
+                limit: LAYER_LIMIT,
+            });
+        }
+        sources.extend(*first..*end);
+    }
+    Ok(sources)
 }
 
 /// Most layers of a result; the deepest published model has 126.
