@@ -450,6 +450,13 @@ mod tests {
     }
 
     #[test]
+    fn a_parameter_that_is_transposed_under_the_same_name_is_seen_as_such() {
+        let base = Resolver::new(["conditioner.embedders.1.model.text_projection"]);
+        let found = base.resolve("text_encoder_2.text_projection", Spelling::InComponent);
+        assert!(matches!(found, Resolution::Exact(places) if places[0].rows == Rows::Transposed));
+    }
+
+    #[test]
     fn a_fused_module_needs_all_the_layers_it_is_made_of() {
         let names =
             ["to_q", "to_k", "to_v"].map(|leaf| format!("transformer_blocks.0.attn.{leaf}.weight"));

@@ -28,8 +28,10 @@ pub enum Rows {
     Swapped,
     /// Both halves, exchanged, where there are only two: twice as tall as wide. Otherwise all rows.
     SwappedPair,
-    /// The tensor is the transpose of the module's weight.
+    /// The tensor is the transpose of a linear layer's weight: it has its inputs first.
     Transposed,
+    /// The tensor is the transpose of a weight of GPT-2's Conv1D: it has its outputs first.
+    Conv1D,
     /// One expert of a stack [experts, rows, columns], and one of `of` equal blocks of its rows.
     Expert {
         /// The expert.
@@ -126,7 +128,7 @@ impl Rows {
             exact.then(|| (0..groups).map(run).collect())
         };
         match self {
-            Rows::Whole | Rows::Transposed => Some(one(0..rows)),
+            Rows::Whole | Rows::Transposed | Rows::Conv1D => Some(one(0..rows)),
             Rows::Block { index, of } => {
                 block(index, rows / of.max(1)).filter(|_| rows.is_multiple_of(of))
             }

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use loratool::containers::TensorFile;
-use loratool::naming::families::{Side, find};
+use loratool::naming::families::{Layout, Match, Side, find};
 use loratool::naming::{Attention, Rows};
 use serde_json::Value;
 
@@ -40,6 +40,14 @@ const FAMILIES: &[(&str, &str, usize)] = &[
     ("bloom-gguf", "bloom", 15),
     ("falcon-gguf", "falcon", 10),
     ("falcon-new-gguf", "falcon", 10),
+    ("gpt2-gguf", "gpt2", 15),
+    ("bert-gguf", "bert", 20),
+    ("t5-gguf", "t5", 50),
+    ("cohere-gguf", "command-r", 18),
+    ("stablelm-gguf", "stablelm", 21),
+    ("olmo2-gguf", "olmo2", 25),
+    ("glm4-gguf", "glm4", 23),
+    ("gpt-oss-gguf", "gpt-oss", 17),
 ];
 
 fn ranges(value: &Value) -> Option<Vec<Range<usize>>> {
@@ -82,10 +90,13 @@ fn every_family_places_layers_as_the_peers_converters_do() {
                 continue; // made by the converter
             };
             let found = find(path, false);
-            let found = found
-                .iter()
-                .filter(|m| m.family.name == *family && m.side == Side::Hub);
-            let found: Vec<_> = found.collect();
+            let is_own = |found: &&Match| {
+                let of_llama_cpp = found.family.layout == Layout::Gguf;
+                found.family.name == *family
+                    && found.side == Side::Hub
+                    && of_llama_cpp == all["architecture"].is_string()
+            };
+            let found: Vec<_> = found.iter().filter(is_own).collect();
             let [found] = found.as_slice() else {
                 assert!(found.is_empty(), "{file}: {hub}: {found:?}");
                 continue;
@@ -112,26 +123,19 @@ fn every_family_places_layers_as_the_peers_converters_do() {
             }
             assert!(told.get("expert").is_none(), "{file}: {hub}");
             let transposed = told["transposed"] == true;
-            assert_eq!(rows == Rows::Transposed, transposed, "{file}: {hub}");
+            let turned = matches!(rows, Rows::Transposed | Rows::Conv1D);
+            assert_eq!(turned, transposed, "{file}: {hub}");
             let shape: Vec<usize> = told["shape"]
                 .as_array()
                 .unwrap()
                 .iter()
                 .map(|size| size.as_u64().unwrap() as usize)
                 .collect();
-            // Of layers that are whole the script numbers four rows, so exchanged halves leave no trace.
+            // Nothing is told of rows that are all, in order.
             let Some(told) = ranges(&told["rows"]) else {
-                let whole = [
-                    Rows::Whole,
-                    Rows::Transposed,
-                    Rows::Swapped,
-                    Rows::SwappedPair,
-                ];
-                // With one key head there is one group, which is in the order of kinds.
-                let regrouped = || rows.ranges(shape[0], shape[1], attention).unwrap();
-                let same = rows == Rows::Regrouped
-                    && rows_of(&regrouped()) == (0..shape[0]).collect::<Vec<_>>();
-                assert!(same || whole.contains(&rows), "{file}: {hub}: {rows:?}");
+                let ours = rows.ranges(shape[0], shape.get(1).copied().unwrap_or(1), attention);
+                let all: Vec<usize> = (0..shape[0]).collect();
+                assert_eq!(rows_of(&ours.unwrap()), all, "{file}: {hub}: {rows:?}");
                 continue;
             };
             let height = match rows {
@@ -481,5 +485,68 @@ fn a_bias_of_a_part_of_a_fused_layer_changes_the_entries_of_its_rows() {
                 assert_eq!(layer.fuse(&biases).bytes, bias.bytes, "{method}, {path}");
             }
         }
+    }
+}
+
+#[test]
+fn layers_of_gpt2_change_alike_on_the_hub_and_in_llama_cpp_which_transposes_them() {
+    let room = Room::new();
+    let numbers = &mut Random(11);
+    let config = serde_json::json!({ "model_type": "gpt2" });
+    // Also square, where no shape tells.
+    for (path, other, outputs, inputs) in [
+        ("transformer.h.0.attn.c_attn", "blk.0.attn_qkv", 12, 4),
+        ("transformer.h.0.attn.c_proj", "blk.0.attn_output", 4, 4),
+    ] {
+        let turned = |weight: &Stored| {
+            let (rows, columns) = (weight.shape[0], weight.shape[1]);
+            let element = |at: usize| weight.bytes[4 * at..4 * at + 4].to_vec();
+            let places = (0..columns).flat_map(|column| (0..rows).map(move |row| (row, column)));
+            Stored {
+                dtype: weight.dtype,
+                shape: vec![columns, rows],
+                bytes: places
+                    .flat_map(|(row, column)| element(row * columns + column))
+                    .collect(),
+            }
+        };
+        let hub = [
+            random(numbers, &[inputs, outputs]),
+            random(numbers, &[outputs]),
+        ];
+        let names = |path: &str| [format!("{path}.weight"), format!("{path}.bias")];
+        let [weight, bias] = &names(path);
+        let of_hub = [(&**weight, hub[0].clone()), (&**bias, hub[1].clone())];
+        write_base(&room.path("hub"), Some(&config), &of_hub);
+        let [weight, bias] = &names(other);
+        let of_other = [(&**weight, turned(&hub[0])), (&**bias, hub[1].clone())];
+        write_base(&room.path("other"), Some(&config), &of_other);
+        let lora = serde_json::json!({
+            "peft_type": "LORA", "r": 2, "lora_alpha": 3, "lora_bias": true,
+        });
+        let key = |suffix: &str| format!("base_model.model.{path}.{suffix}");
+        let tensors = [
+            (&*key("lora_A.weight"), random(numbers, &[2, inputs])),
+            (&*key("lora_B.weight"), random(numbers, &[outputs, 2])),
+            (&*key("lora_B.bias"), random(numbers, &[outputs])),
+        ];
+        write_adapter(&room.path("adapter"), &lora, &tensors);
+        let [weight, bias] = both(&room, "hub", path);
+        assert!(weight.bytes != hub[0].bytes && bias.bytes != hub[1].bytes);
+        assert_eq!(
+            both(&room, "other", other),
+            [turned(&weight), bias],
+            "{path}"
+        );
+        // A whole weight would have to be transposed.
+        let saved = [(&*key("modules_to_save.weight"), hub[0].clone())];
+        write_adapter(&room.path("adapter"), &lora, &saved);
+        let output = room.path("never");
+        let error = merge(&options(
+            &room.path("other"),
+            &room.path("adapter"),
+            &output,
+        ));
+        assert_eq!(error.unwrap_err().kind(), loratool::Kind::Unresolved);
     }
 }

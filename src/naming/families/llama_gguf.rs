@@ -114,6 +114,71 @@ pub(super) const STARCODER2_GGUF: Family = Family {
     ..LLAMA_GGUF
 };
 
+pub(super) const STABLELM_GGUF: Family = Family {
+    name: "stablelm",
+    ..QWEN2_GGUF
+};
+
+/// Command-R.
+pub(super) const COMMAND_R_GGUF: Family = Family {
+    name: "command-r",
+    rows: || {
+        let norm = [("input_layernorm", "attn_norm")];
+        let mut rows = model(&[QUERIES, VALUES, GATED, &norm].concat());
+        whole(&mut rows, "", "", &[FINAL_NORM]);
+        rows
+    },
+    ..LLAMA_GGUF
+};
+
+pub(super) const OLMO2_GGUF: Family = Family {
+    name: "olmo2",
+    rows: || {
+        let norms = [
+            ("self_attn.q_norm", "attn_q_norm"),
+            ("self_attn.k_norm", "attn_k_norm"),
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ];
+        let mut rows = model(&[QUERIES, VALUES, GATED, &norms].concat());
+        whole(&mut rows, "", "", &[FINAL_NORM]);
+        rows
+    },
+    ..LLAMA_GGUF
+};
+
+pub(super) const GLM4_GGUF: Family = Family {
+    name: "glm4",
+    rows: || {
+        let layers = [
+            ("mlp.gate_up_proj", "ffn_up"),
+            ("mlp.down_proj", "ffn_down"),
+            ("post_self_attn_layernorm", "post_attention_norm"),
+            ("post_mlp_layernorm", "post_ffw_norm"),
+        ];
+        let mut rows = model(&[QUERIES, VALUES, &layers, NORMS].concat());
+        whole(&mut rows, "", "", &[FINAL_NORM]);
+        rows
+    },
+    ..LLAMA_GGUF
+};
+
+/// Without its experts, which are one tensor on the hub as well, with gate and up interleaved.
+pub(super) const GPT_OSS_GGUF: Family = Family {
+    name: "gpt-oss",
+    rows: || {
+        let layers = [
+            ("mlp.router", "ffn_gate_inp"),
+            ("input_layernorm", "attn_norm"),
+            ("post_attention_layernorm", "post_attention_norm"),
+        ];
+        let mut rows = model(&[QUERIES, VALUES, &layers].concat());
+        whole(&mut rows, "", "", &[FINAL_NORM]);
+        rows
+    },
+    ..LLAMA_GGUF
+};
+
 const HUB: &str = "model.layers.*.";
 const OTHER: &str = "blk.*.";
 

@@ -12,8 +12,10 @@ use super::path;
 use super::rows::Rows;
 
 mod anima;
+mod bert_gguf;
 mod flux1;
 mod flux2;
+mod gpt2_gguf;
 mod hunyuan_video;
 mod llama_gguf;
 mod neox_gguf;
@@ -22,6 +24,7 @@ mod qwen_image;
 mod sd3;
 mod sd_unet;
 mod t5;
+mod t5_gguf;
 pub(super) mod transformers;
 mod wan;
 
@@ -98,9 +101,18 @@ pub static FAMILIES: &[Family] = &[
     llama_gguf::GEMMA3_GGUF,
     llama_gguf::PHI3_GGUF,
     llama_gguf::STARCODER2_GGUF,
+    llama_gguf::STABLELM_GGUF,
+    llama_gguf::COMMAND_R_GGUF,
+    llama_gguf::OLMO2_GGUF,
+    llama_gguf::GLM4_GGUF,
+    llama_gguf::GPT_OSS_GGUF,
     neox_gguf::GPTNEOX_GGUF,
     neox_gguf::BLOOM_GGUF,
     neox_gguf::FALCON_GGUF,
+    gpt2_gguf::GPT2_GGUF,
+    bert_gguf::BERT_GGUF,
+    t5_gguf::T5_GGUF,
+    t5_gguf::T5_ENCODER_GGUF,
 ];
 
 /// Layers that are whole under both names, below a path of either side.
@@ -161,6 +173,8 @@ const ARCHITECTURES: &[(&str, &str)] = &[
     ("qwen3_moe", "qwen3moe"),
     ("gemma3_text", "gemma3"),
     ("gpt_neox", "gptneox"),
+    ("cohere", "command-r"),
+    ("gpt_oss", "gpt-oss"),
 ];
 
 /// llama.cpp's architecture of a kind of model.

@@ -48,7 +48,7 @@ impl Area {
             columns,
             outputs,
         };
-        if matches!(place.rows, Rows::Whole | Rows::Transposed) {
+        if matches!(place.rows, Rows::Whole | Rows::Transposed | Rows::Conv1D) {
             return Some(vec![area(0..*outer, None)]);
         }
         if place.of_module {
@@ -145,7 +145,7 @@ pub(super) fn on_weight(
     tensor: &str,
     shape: &[usize],
     area: &Area,
-    transposed: bool,
+    rows_of: Rows,
 ) -> Result<Geometry> {
     let extent = module.method.extent(module);
     let (rows, columns) = (area.rows.len(), area.columns);
@@ -176,15 +176,17 @@ pub(super) fn on_weight(
         && !extent.as_stored
         && fits(extent.outputs, columns)
         && fits(extent.inputs, rows);
-    let orientation = if module.layer == Layer::Embedding || transposed {
-        inputs_first.then_some(Orientation::InputsFirst)
-    } else {
-        match (outputs_first, inputs_first) {
+    let orientation = match rows_of {
+        Rows::Transposed => inputs_first.then_some(Orientation::InputsFirst),
+        // What is as the hub's layer is stored would have to be transposed.
+        Rows::Conv1D => (outputs_first && !extent.as_stored).then_some(Orientation::OutputsFirst),
+        _ if module.layer == Layer::Embedding => inputs_first.then_some(Orientation::InputsFirst),
+        _ => match (outputs_first, inputs_first) {
             (true, false) => Some(Orientation::OutputsFirst),
             (_, true) if stores_inputs_first(base, tensor) => Some(Orientation::InputsFirst),
             (true, true) => Some(Orientation::OutputsFirst),
             _ => None,
-        }
+        },
     };
     orientation
         .map(geometry)

@@ -376,8 +376,7 @@ impl<'a> Planner<'a> {
         for area in &areas {
             let taken = taken(module, area)?;
             let part = taken.as_deref().unwrap_or(module);
-            let transposed = place.rows == Rows::Transposed;
-            let geometry = on_weight(self.base, part, name, &tensor.shape, area, transposed)?;
+            let geometry = on_weight(self.base, part, name, &tensor.shape, area, place.rows)?;
             // PEFT defines neither DoRA nor IA3 there.
             let together = name.ends_with("in_proj_weight") && place.rows == Rows::Whole;
             if together && module.method.order() == Order::Sequential {
