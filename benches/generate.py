@@ -4,6 +4,7 @@
     generate.py base    DIR [--scale 10 --width 2 --sparse]   bf16, laid out and sized like Llama-3.2-1B
     generate.py adapter DIR [--rank 16 ...same shape options]  PEFT folder, all linear layers
     generate.py many    FILE [--tensors 5000]                  one safetensors file of 1 GB
+    generate.py flux    FILE [--rank 64]                       LoRA of FLUX.1 in diffusers' names, all linear layers
 
 The same options give the same bytes. Values look like weights (about 0.02, never NaN or infinite) but repeat:
 random bytes are made once, 8 MiB, and each tensor starts somewhere else in them. That makes 2.5 GB take
@@ -196,15 +197,39 @@ def many(args):
     return f"{len(tensors)} tensors of {side}x{side}, {args.tensors * side * side * 2:,} bytes"
 
 
+def flux(args):
+    """19 double and 38 single blocks of FLUX.1-dev, as `save_lora_weights` names them."""
+    hidden, mlp, dtype = 3072, 12288, "BF16"
+    attention = [f"attn.{name}" for name in ("to_q", "to_k", "to_v")]
+    both = attention + [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")]
+    layers = []
+    for i in range(19):
+        layers += [(f"transformer_blocks.{i}.{name}", hidden, hidden) for name in both]
+        for ff in ("ff", "ff_context"):
+            layers += [(f"transformer_blocks.{i}.{ff}.net.0.proj", mlp, hidden),
+                       (f"transformer_blocks.{i}.{ff}.net.2", hidden, mlp)]
+    for i in range(38):
+        layers += [(f"single_transformer_blocks.{i}.{name}", hidden, hidden) for name in attention]
+        layers += [(f"single_transformer_blocks.{i}.proj_mlp", mlp, hidden),
+                   (f"single_transformer_blocks.{i}.proj_out", hidden, hidden + mlp)]
+    values, tensors = uniform(args.seed, 0.02, dtype), []
+    for name, o, n in layers:
+        tensors += [(f"transformer.{name}.lora_A.weight", dtype, [args.rank, n], values),
+                    (f"transformer.{name}.lora_B.weight", dtype, [o, args.rank], values)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(args.out, tensors, args.sparse)
+    return f"{len(tensors)} tensors, {sum(nbytes(dtype, shape) for _, dtype, shape, _ in tensors):,} bytes"
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(dest="what", required=True)
-    for what, make in (("base", base), ("adapter", adapter), ("many", many)):
+    for what, make in (("base", base), ("adapter", adapter), ("many", many), ("flux", flux)):
         s = sub.add_parser(what)
         s.set_defaults(make=make)
         s.add_argument("out", type=Path)
         s.add_argument("--seed", type=int, default=1)
-        if what != "many":
+        if what in ("base", "adapter"):
             s.add_argument("--layers", type=int, default=16)
             s.add_argument("--width", type=int, default=1, help="hidden, MLP and heads times this")
             s.add_argument("--scale", type=float, default=1, help="layers so that the base is this many times the 1B one")
@@ -216,6 +241,8 @@ def main():
         if what == "many":
             s.add_argument("--tensors", type=int, default=5000)
             s.add_argument("--bytes", type=int, default=10**9)
+        if what == "flux":
+            s.add_argument("--rank", type=int, default=64)
     args = p.parse_args()
     print(f"{args.out.name}: {args.make(args)}")
 
