@@ -68,6 +68,15 @@ pub trait Method: Sync + Debug {
         })
     }
 
+    /// The module without what its parameters multiply by zero, where a part of a fused layer was taken from it;
+    /// nothing where that is all of it.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn without_zeros(&self, module: Module) -> Result<Option<Module>> {
+        Ok(Some(module))
+    }
+
     /// What it does to one tensor of the base, ready to be applied to blocks of rows.
     ///
     /// # Errors

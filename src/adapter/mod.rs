@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::naming::Spelling;
+use crate::naming::families::Layout;
+use crate::naming::{Attention, Spelling};
 use crate::notice::Notice;
 use crate::tensor::Tensor;
 
@@ -38,6 +39,10 @@ pub struct Adapter {
     pub tied: bool,
     /// What changes a shared embedding was trained on both of its uses, so that it stays shared (MLX).
     pub keeps_ties: bool,
+    /// The names of its layers, where they are those of one tool alone.
+    pub layout: Option<Layout>,
+    /// The heads of its model, as far as its files tell.
+    pub attention: Attention,
     /// What the files say about themselves.
     pub facts: Facts,
     /// What is odd but readable.

@@ -12,12 +12,13 @@ use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{Blocks, DType, Tensor};
 
+pub mod archive;
 mod foreign;
 pub mod gguf;
-mod numpy;
+pub mod numpy;
 pub mod safetensors;
 mod strided;
-mod torch;
+pub mod torch;
 mod zip;
 
 /// A kind of file that holds named tensors.

@@ -9,20 +9,72 @@
 
 use std::sync::Arc;
 
+use super::archive::Archive as Written;
 use super::strided::gather;
 use super::zip::{Archive, MEMORY_LIMIT, Member, beyond_memory, first_name};
-use super::{Container, DIMENSION_LIMIT, Directory, NAME_LIMIT};
+use super::{Container, DIMENSION_LIMIT, Directory, Entry, NAME_LIMIT};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{DType, Tensor, elements};
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 
+/// The name of the container of several arrays.
+pub const NPZ: &str = "npz";
+
 /// The name of an array that has none.
 const ONLY: &str = "array";
 
 /// Longest header; numpy itself reads 10,000 characters from files it does not trust.
 const HEADER_LIMIT: u64 = 64 << 10;
+
+/// Types of elements under numpy's names; the first name of each is written.
+const TYPES: &[(&str, DType)] = &[
+    ("<f8", DType::F64),
+    ("<f4", DType::F32),
+    ("<f2", DType::F16),
+    ("<i8", DType::I64),
+    ("<i4", DType::I32),
+    ("<i2", DType::I16),
+    ("|i1", DType::I8),
+    ("<i1", DType::I8),
+    ("<u8", DType::U64),
+    ("<u4", DType::U32),
+    ("<u2", DType::U16),
+    ("|u1", DType::U8),
+    ("<u1", DType::U8),
+    ("|b1", DType::BOOL),
+    ("<c8", DType::C64),
+];
+
+/// What `numpy.savez` writes of these arrays.
+///
+/// # Errors
+/// [`Reason::Stored`] for a type that numpy does not have.
+pub fn archive(tensors: &[Entry<'_>]) -> Result<Written> {
+    let mut archive = Written::new(1);
+    for (index, entry) in tensors.iter().enumerate() {
+        let found = TYPES.iter().find(|(_, dtype)| *dtype == entry.dtype);
+        let Some((name, _)) = found else {
+            let problem = format!("numpy has no type for {}", entry.dtype);
+            return Err(Error::new(Reason::Stored { problem }).on(entry.name));
+        };
+        let sizes: Vec<String> = entry.shape.iter().map(usize::to_string).collect();
+        let comma = if sizes.len() == 1 { "," } else { "" };
+        let shape = format!("({}{comma})", sizes.join(", "));
+        let text = format!("{{'descr': '{name}', 'fortran_order': False, 'shape': {shape}, }}");
+        // Spaces and a line feed fill it up, so that the elements start at a multiple of 64.
+        let end = (10 + text.len() + 1).next_multiple_of(64);
+        let mut head = MAGIC.to_vec();
+        head.extend_from_slice(&[1, 0]);
+        head.extend_from_slice(&((end - 10) as u16).to_le_bytes());
+        head.extend_from_slice(text.as_bytes());
+        head.resize(end - 1, b' ');
+        head.push(b'\n');
+        archive.add(format!("{}.npy", entry.name), head, Some(index));
+    }
+    Ok(archive)
+}
 
 /// One array in a file, named `array`.
 pub(super) struct Npy;
@@ -61,7 +113,7 @@ pub(super) struct Npz;
 
 impl Container for Npz {
     fn name(&self) -> &'static str {
-        "npz"
+        NPZ
     }
 
     fn detects(&self, head: &[u8], _length: u64) -> bool {
@@ -383,20 +435,9 @@ impl<'a> Literal<'a> {
             return refused("arrays of records are not supported".into());
         }
         let text = self.text()?;
-        Ok(match text {
-            "<f8" => DType::F64,
-            "<f4" => DType::F32,
-            "<f2" => DType::F16,
-            "<i8" => DType::I64,
-            "<i4" => DType::I32,
-            "<i2" => DType::I16,
-            "|i1" | "<i1" => DType::I8,
-            "<u8" => DType::U64,
-            "<u4" => DType::U32,
-            "<u2" => DType::U16,
-            "|u1" | "<u1" => DType::U8,
-            "|b1" | "<b1" => DType::BOOL,
-            "<c8" => DType::C64,
+        let found = TYPES.iter().find(|(name, _)| *name == text);
+        Ok(match found {
+            Some((_, dtype)) => *dtype,
             _ if text.ends_with('O') => {
                 return refused("arrays of Python objects are never unpickled".into());
             }

@@ -11,7 +11,7 @@ use super::peft::write::low_rank;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{CONFIG_VALUES, Format, Found, ReadOptions, Summary};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Layer};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, parse_object};
 use crate::methods::{dora, lora};
@@ -196,21 +196,23 @@ fn part(draft: &Draft<'_>, named: &Named) -> String {
 
 /// PEFT's names, and its configuration by part in the metadata.
 fn with_metadata(draft: &Draft<'_>, written: &mut Written) {
-    let mut parts: Vec<String> = draft
+    let (embeddings, modules): (Vec<&Named>, Vec<&Named>) = draft
         .modules
         .iter()
-        .map(|named| part(draft, named))
-        .collect();
+        .partition(|named| named.module.layer == Layer::Embedding);
+    for named in embeddings {
+        written.lose(&*named.module.path, "an embedding");
+    }
+    let mut parts: Vec<String> = modules.iter().map(|named| part(draft, named)).collect();
     parts.sort();
     parts.dedup();
     let mut all = serde_json::Map::new();
     for part_name in parts {
         let own = Draft {
-            modules: draft
-                .modules
+            modules: modules
                 .iter()
                 .filter(|named| part(draft, named) == part_name)
-                .cloned()
+                .map(|named| (*named).clone())
                 .collect(),
             ..*draft
         };

@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, Method, Module, Role, Scale, Stored};
-use crate::containers::Header;
+use super::peft::write::most_common;
+use crate::adapter::{Adapter, Layer, Method, Module, Role, Scale, Stored};
+use crate::containers::archive::Archive;
+use crate::containers::{Entry, Header};
 use crate::error::Result;
 use crate::methods::{dora, lora};
 use crate::naming::component::Component;
 use crate::naming::families::{FAMILIES, Family, Layout};
-use crate::naming::path;
+use crate::naming::{Attention, path};
 use crate::tensor::{Float, Tensor, narrow, widen};
 
 /// A power of a format: writing.
@@ -35,6 +37,8 @@ pub struct Draft<'a> {
     pub family: Option<&'static str>,
     /// What stands before flattened names instead of the usual.
     pub prefix: Option<&'a str>,
+    /// The heads of the model, as far as they are known.
+    pub attention: Attention,
 }
 
 impl Draft<'_> {
@@ -72,10 +76,16 @@ pub struct Written {
     /// Makes the header, where the container is another.
     #[allow(clippy::type_complexity, reason = "a constructor of one header")]
     pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header>>>,
+    /// Puts the archive together, where the container is one.
+    pub archive: Option<fn(&[Entry<'_>]) -> Result<Archive>>,
     /// The name of the file of tensors in a folder.
     pub name: &'static str,
     /// The configuration beside it.
     pub config: Option<serde_json::Value>,
+    /// Other texts beside it, by name.
+    pub beside: Vec<(&'static str, String)>,
+    /// The numerator of every scale, where the format leaves it to whoever loads the file.
+    pub alpha: Option<f64>,
     /// Whether it is a folder even if the output looks like a file.
     pub folder: bool,
     /// What the format cannot say, and which part of the adapter it is.
@@ -127,10 +137,15 @@ impl Written {
 
     /// Notes everything besides modules as lost.
     pub(super) fn lose_rest(&mut self, draft: &Draft<'_>) {
-        let adapter = draft.adapter;
-        for replacement in &adapter.replacements {
+        for replacement in &draft.adapter.replacements {
             self.lose(&*replacement.name, "a whole tensor of the base");
         }
+        self.lose_unless_whole(draft);
+    }
+
+    /// Notes everything besides modules and whole tensors as lost.
+    pub(super) fn lose_unless_whole(&mut self, draft: &Draft<'_>) {
+        let adapter = draft.adapter;
         for tokens in &adapter.tokens {
             self.lose(&*tokens.path, "rows of an embedding");
         }
@@ -166,11 +181,16 @@ impl Written {
         })
     }
 
-    /// The factors of a LoRA that has two and nothing else; `None`, and a loss, otherwise.
+    /// The factors of a LoRA on a layer that is no embedding, if it has two and nothing else; `None`, and a loss,
+    /// otherwise.
     pub(super) fn two_factors(&mut self, named: &Named) -> Option<LowRank> {
         let factors = self.low_rank(named, false)?;
         if factors.mid.is_some() || factors.bias.is_some() {
             self.lose(&*named.module.path, "a Tucker core or a trained bias");
+            return None;
+        }
+        if named.module.layer == Layer::Embedding {
+            self.lose(&*named.module.path, "an embedding");
             return None;
         }
         Some(factors)
@@ -202,6 +222,155 @@ impl Written {
             *bias = scaled(bias, by, draft.dtype);
         }
     }
+}
+
+/// Modules of a format that has one rank and one α for all of them.
+pub(super) struct Alike<'a, T> {
+    /// The modules, their factors, and where the format has them.
+    pub(super) modules: Vec<(&'a Named, LowRank, T)>,
+    pub(super) rank: usize,
+    pub(super) alpha: f64,
+    pub(super) dora: bool,
+}
+
+impl Written {
+    /// Modules of two factors (and norms), with the largest rank and the most common α: smaller
+    /// factors are filled up with zeros, what is left of a scale is multiplied into the up factor.
+    pub(super) fn alike<'a, T>(
+        &mut self,
+        draft: &Draft<'_>,
+        modules: impl IntoIterator<Item = (&'a Named, T)>,
+        with_norms: bool,
+    ) -> Alike<'a, T> {
+        let mut all: Vec<(&Named, LowRank, T)> = Vec::new();
+        for (named, place) in modules {
+            let Some(factors) = self.low_rank(named, with_norms) else {
+                continue;
+            };
+            let layer = named.module.layer == Layer::Dense && factors.down.shape.len() == 2;
+            if !layer
+                || factors.mid.is_some()
+                || factors.bias.is_some()
+                || factors.input_magnitude.is_some()
+            {
+                let text = "anything but two factors of a linear layer";
+                self.lose(&*named.module.path, text);
+                continue;
+            }
+            all.push((named, factors, place));
+        }
+        let norms = all
+            .iter()
+            .filter(|(_, factors, _)| factors.magnitude.is_some());
+        let dora = norms.count() * 2 > all.len();
+        all.retain(|(named, factors, _)| {
+            let same = factors.magnitude.is_some() == dora;
+            if !same {
+                let text = "a mixture of LoRA and DoRA in one configuration";
+                self.lose(&*named.module.path, text);
+            }
+            same
+        });
+        let rank = all.iter().map(|(_, factors, _)| factors.rank()).max();
+        let rank = rank.unwrap_or(1);
+        let alphas = all.iter().map(|(_, factors, _)| {
+            let Scale {
+                alpha,
+                rank: own,
+                value,
+                ..
+            } = factors.scale;
+            let stated = alpha.filter(|alpha| own == Some(rank) && alpha / rank as f64 == value);
+            stated.unwrap_or(value * rank as f64).to_bits()
+        });
+        let alpha = most_common(alphas).map_or(rank as f64, f64::from_bits);
+        for (named, factors, _) in &mut all {
+            let by = factors.scale.value / (alpha / rank as f64);
+            self.fold(draft, named, factors, by);
+            if factors.rank() < rank {
+                factors.down = filled(&factors.down, 0, rank);
+                factors.up = filled(&factors.up, 1, rank);
+            }
+        }
+        Alike {
+            modules: all,
+            rank,
+            alpha,
+            dora,
+        }
+    }
+}
+
+/// A matrix with zeros behind its rows (0) or columns (1).
+fn filled(tensor: &Tensor, axis: usize, size: usize) -> Tensor {
+    let (rows, columns) = (tensor.dimension(0), tensor.dimension(1));
+    let (height, width) = match axis {
+        0 => (size, columns),
+        _ => (rows, size),
+    };
+    let element = tensor.dtype.bitsize() / 8;
+    let source = tensor.clone();
+    let made = move || {
+        let bytes = source.bytes()?;
+        let mut whole = vec![0; height * width * element];
+        let lines = bytes.chunks_exact((columns * element).max(1));
+        for (target, line) in whole.chunks_exact_mut((width * element).max(1)).zip(lines) {
+            target[..line.len()].copy_from_slice(line);
+        }
+        Ok(whole)
+    };
+    tensor.derived(tensor.dtype, vec![height, width], Arc::new(made))
+}
+
+/// The factors of the adapted parts of a fused layer, one kind below the other; zeros where this layer lacks one.
+/// `parts` are the rows of each part, whether it is adapted, and its factors; one of them has some.
+pub(super) fn joined(
+    parts: &[(usize, bool, Option<(Tensor, Tensor)>)],
+    dtype: Option<Float>,
+) -> Option<(Tensor, Tensor)> {
+    let (first_down, first_up) = parts.iter().find_map(|(.., own)| own.clone())?;
+    let adapted = parts.iter().filter(|(_, adapted, _)| *adapted);
+    let factors = adapted.map(|(rows, _, own)| match own {
+        Some(own) => own.clone(),
+        None => {
+            let rank = first_up.dimension(1);
+            let down = zeros(&first_down, first_down.shape.clone());
+            (down, zeros(&first_up, vec![*rows, rank]))
+        }
+    });
+    let (downs, ups): (Vec<Tensor>, Vec<Tensor>) = factors.unzip();
+    Some((stacked(&downs, dtype)?, stacked(&ups, dtype)?))
+}
+
+/// Zeros in the type of another tensor.
+pub(super) fn zeros(like: &Tensor, shape: Vec<usize>) -> Tensor {
+    let bytes = shape.iter().product::<usize>() * like.dtype.bitsize() / 8;
+    like.derived(like.dtype, shape, Arc::new(move || Ok(vec![0; bytes])))
+}
+
+/// Matrices of one width, one below the other, in a type that holds all of them.
+fn stacked(parts: &[Tensor], dtype: Option<Float>) -> Option<Tensor> {
+    let first = parts.first()?;
+    let floats: Vec<Option<Float>> = parts.iter().map(|part| Float::of(part.dtype)).collect();
+    let common = match floats.iter().all(|float| *float == floats[0]) {
+        true => floats[0],
+        false if floats.contains(&Some(Float::F64)) => Some(Float::F64),
+        false => Some(Float::F32), // holds both kinds of sixteen bits
+    };
+    let parts: Vec<Tensor> = parts
+        .iter()
+        .map(|part| typed(part, dtype.or(common)))
+        .collect();
+    let rows = parts.iter().map(|part| part.dimension(0)).sum();
+    let (dtype, shape) = (parts[0].dtype, vec![rows, first.dimension(1)]);
+    let made = move || {
+        let mut bytes = Vec::new();
+        for part in &parts {
+            bytes.extend_from_slice(&part.bytes()?);
+        }
+        Ok(bytes)
+    };
+    Some(first.derived(dtype, shape, Arc::new(made)))
 }
 
 /// The tensors of LoRA or DoRA as their method defines them.
@@ -246,7 +415,8 @@ fn defined(module: &Module, role: Role) -> Option<Tensor> {
 /// Whether a path is that of an embedding: names alone tell, for the factors of a square weight do not.
 pub(super) fn is_embedding(module: &str) -> bool {
     let leaf = path::leaf(module);
-    leaf.contains("embed") || leaf == "wte" || leaf == "wpe"
+    // `x_embedder` and the like are linear layers.
+    leaf.contains("embed") && !leaf.contains("embedder") || leaf == "wte" || leaf == "wpe"
 }
 
 /// A matrix with its axes exchanged.

@@ -85,14 +85,17 @@ impl Format for Gguf {
                 .with_cases(norms)
                 .with_hint("merge the adapter that this file was converted from"));
         }
-        pieces.finish(found, facts("llama.cpp", self.summary(found)), |path| {
+        let facts = facts("llama.cpp", self.summary(found));
+        let mut adapter = pieces.finish(found, facts, |path| {
             Ok(Told {
                 scale: (alpha == 0.0).then_some(Scale::ONE),
                 alpha: Some(alpha),
                 embedding: path == EMBEDDING,
                 ..Told::default()
             })
-        })
+        })?;
+        adapter.layout = Some(Layout::Gguf);
+        Ok(adapter)
     }
 
     fn summary(&self, found: &Found) -> Summary {

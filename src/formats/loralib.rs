@@ -4,12 +4,16 @@
 //! and α is a number of the training script alone. `MergedLinear` keeps which parts of a fused layer it adapts
 //! in the script too. A model saved in evaluation mode has the product in its weight already.
 
+use super::draft::{Draft, Writer, Written, is_embedding, transposed};
+use super::peft::write::most_common;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
-use crate::adapter::{Adapter, Replacement, ReplacementKind};
+use crate::adapter::{Adapter, Layer, Replacement, ReplacementKind};
+use crate::containers::torch;
 use crate::error::{Error, Reason, Result};
 use crate::methods::lora;
+use crate::naming::families::Layout;
 use crate::naming::{Spelling, path};
 
 /// The format.
@@ -22,6 +26,10 @@ impl Format for Loralib {
 
     fn name(&self) -> &'static str {
         "loralib"
+    }
+
+    fn writer(&self) -> Option<&dyn Writer> {
+        Some(self)
     }
 
     fn recognises(&self, found: &Found) -> bool {
@@ -82,9 +90,11 @@ impl Format for Loralib {
             return Err(Error::new(Reason::Stored { problem }).with_cases(merged));
         }
         let alpha = options.alpha()?;
-        pieces.finish(found, facts("loralib", self.summary(found)), |_| {
+        pieces.finish(found, facts("loralib", self.summary(found)), |path| {
             Ok(Told {
                 alpha: Some(alpha),
+                // Its `Embedding` has the factors of the transposed weight.
+                embedding: is_embedding(path),
                 ..Told::default()
             })
         })
@@ -92,5 +102,64 @@ impl Format for Loralib {
 
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, &[(".lora_A", 0)])
+    }
+}
+
+impl Writer for Loralib {
+    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
+        None
+    }
+
+    /// What `lora_state_dict` keeps. There is no place for α: it is one number for all modules, which the report
+    /// states; the rest of each scale is multiplied into `lora_B`.
+    fn write(&self, draft: &Draft<'_>) -> Result<Written> {
+        let mut written = Written {
+            name: "lora.pt",
+            archive: Some(torch::archive),
+            ..Written::default()
+        };
+        let mut modules = Vec::new();
+        for named in &draft.modules {
+            let Some(factors) = written.low_rank(named, false) else {
+                continue;
+            };
+            if factors.down.shape.len() != 2 || factors.bias.is_some() {
+                let text =
+                    "LoRA on a convolution, which loralib factors otherwise, or a trained bias";
+                written.lose(&*named.module.path, text);
+                continue;
+            }
+            modules.push((named, factors));
+        }
+        let alphas = modules.iter().map(|(_, factors)| factors.alpha().to_bits());
+        let alpha = most_common(alphas).map_or(1.0, f64::from_bits);
+        written.alpha = Some(alpha);
+        for (named, mut factors) in modules {
+            let by = factors.scale.value / (alpha / factors.rank() as f64);
+            written.fold(draft, named, &mut factors, by);
+            let turned = named.module.layer != Layer::Embedding && is_embedding(&named.path);
+            let (down, up) = match turned {
+                true => (transposed(&factors.up), transposed(&factors.down)),
+                false => (factors.down, factors.up),
+            };
+            written.put(draft, format!("{}.lora_A", named.path), &down);
+            written.put(draft, format!("{}.lora_B", named.path), &up);
+        }
+        for replacement in &draft.adapter.replacements {
+            let owner = replacement.name.strip_suffix(".weight");
+            let adapted = |path: &str| draft.modules.iter().any(|named| named.path == path);
+            match replacement.kind {
+                // Beside factors it would be taken for a model that was saved whole.
+                ReplacementKind::BaseLayer => {
+                    written.lose(&*replacement.name, "a whole weight below factors");
+                }
+                _ if owner.is_some_and(adapted) => {
+                    written.lose(&*replacement.name, "a whole weight below factors");
+                }
+                _ => written.put(draft, replacement.name.clone(), &replacement.tensor),
+            }
+        }
+        written.lose_unless_whole(draft);
+        Ok(written)
     }
 }

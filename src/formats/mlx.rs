@@ -9,30 +9,38 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::draft::{Draft, Writer, Written, is_embedding, reshaped, transposed};
+use super::draft::{Draft, Writer, Written, is_embedding, reshaped, transposed, typed};
 use super::peft::write::most_common;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
     Adapter, Facts, Layer, Method, Module, Replacement, ReplacementKind, Role, Scale, Stored,
 };
+use crate::containers::numpy;
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
 use crate::methods::{dora, lora};
 use crate::naming::families::Layout;
 use crate::notice::{Notice, NoticeKind};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Float, Tensor};
 
-/// The format.
-pub(super) struct Mlx;
+/// The format, in one of its two containers.
+pub(super) struct Mlx {
+    npz: bool,
+}
+
+pub(super) static MLX: Mlx = Mlx { npz: false };
+
+/// What MLX wrote before safetensors, and still loads.
+pub(super) static MLX_NPZ: Mlx = Mlx { npz: true };
 
 impl Format for Mlx {
     fn id(&self) -> &'static str {
-        "mlx"
+        if self.npz { "mlx-npz" } else { "mlx" }
     }
 
     fn name(&self) -> &'static str {
-        "MLX"
+        if self.npz { "MLX (npz)" } else { "MLX" }
     }
 
     fn writer(&self) -> Option<&dyn Writer> {
@@ -41,9 +49,11 @@ impl Format for Mlx {
 
     fn recognises(&self, found: &Found) -> bool {
         let ends = |end: &str| found.names().any(|name| name.ends_with(end));
-        found.configured("lora_parameters").is_some()
-            || found.configured("fine_tune_type").is_some()
-            || ends(".lora_a") && ends(".lora_b")
+        let is_npz = found.file.container.name() == numpy::NPZ;
+        is_npz == self.npz
+            && (found.configured("lora_parameters").is_some()
+                || found.configured("fine_tune_type").is_some()
+                || ends(".lora_a") && ends(".lora_b"))
     }
 
     fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter> {
@@ -145,6 +155,16 @@ impl Writer for Mlx {
             keys.insert(inner.map_or(named.path.as_str(), |(_, key)| key).to_owned());
         }
         written.lose_rest(draft);
+        if self.npz {
+            written.name = "adapters.npz";
+            written.archive = Some(numpy::archive);
+            for tensor in &mut written.tensors {
+                if tensor.dtype == DType::BF16 {
+                    // Numpy has no such type, and this one holds each of its values.
+                    *tensor = typed(tensor, Some(Float::F32));
+                }
+            }
+        }
         written.config = Some(serde_json::json!({
             "fine_tune_type": if dora { "dora" } else { "lora" },
             // All of them; a layer without factors here keeps factors that do nothing.

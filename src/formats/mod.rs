@@ -70,7 +70,8 @@ pub static FORMATS: &[&dyn Format] = &[
     &simo::Numbered,
     &simo::Listed,
     &gguf::Gguf,
-    &mlx::Mlx,
+    &mlx::MLX,
+    &mlx::MLX_NPZ,
     &xlabs::XLabs,
     &dotted::AI_TOOLKIT,
     &diffusers::OLD,
@@ -128,14 +129,15 @@ pub struct Found {
 /// The name that PEFT, AdapterHub and MLX all use.
 pub(crate) const CONFIG: &str = "adapter_config.json";
 
-/// Names of weight files in a folder, in the order of preference.
+/// Names of weight files in a folder, in the order of preference. What torchtune trained comes before what it
+/// translated for PEFT beside it, where it moves rows of some models wrongly (docs/formats/torchtune.md).
 const WEIGHTS: &[&str] = &[
+    torchtune::FILE,
     "adapter_model.safetensors",
     "adapter_model.bin",
     "pytorch_lora_weights.safetensors",
     "adapters.safetensors",
     "adapters.npz",
-    "adapter_model.pt",
     "lit_model.pth.lora",
     "adapter.safetensors",
     "pytorch_adapter.bin",

@@ -114,6 +114,27 @@ impl Method for Lora {
         fused(parts, outputs)
     }
 
+    fn without_zeros(&self, module: Module) -> Result<Option<Module>> {
+        let (down, up) = (module.require(DOWN)?, module.require(UP)?);
+        let two = module.parameters.len() == 2 && down.shape.len() == 2 && up.shape.len() == 2;
+        if !two || module.stored != Stored::AsDefined {
+            return Ok(Some(module));
+        }
+        let rank = up.dimension(1);
+        let values = up.to_f64()?;
+        let used = |column: &usize| values.iter().skip(*column).step_by(rank).any(|v| *v != 0.0);
+        let used: Vec<usize> = (0..rank).filter(used).collect();
+        if used.len() == rank {
+            return Ok(Some(module));
+        }
+        let parameters = vec![(DOWN, kept(down, 0, &used)), (UP, kept(up, 1, &used))];
+        let module = Module {
+            parameters,
+            ..module
+        };
+        Ok((!used.is_empty()).then_some(module))
+    }
+
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let c = strength * module.scale.value;
         Ok(match on.part {
@@ -298,6 +319,34 @@ fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Modul
     module.scale = scale;
     module.method.check(&module)?;
     Ok(module)
+}
+
+/// Some rows (0) or columns (1) of a matrix.
+fn kept(tensor: &Tensor, axis: usize, which: &[usize]) -> Tensor {
+    let (rows, columns) = (tensor.dimension(0), tensor.dimension(1));
+    let shape = match axis {
+        0 => vec![which.len(), columns],
+        _ => vec![rows, which.len()],
+    };
+    let (source, which) = (tensor.clone(), which.to_vec());
+    let size = tensor.dtype.bitsize() / 8;
+    let made = move || {
+        let bytes = source.bytes()?;
+        let part = |at: usize, length: usize| &bytes[at * size..(at + length) * size];
+        Ok(match axis {
+            0 => which
+                .iter()
+                .flat_map(|row| part(row * columns, columns))
+                .copied()
+                .collect(),
+            _ => (0..rows)
+                .flat_map(|row| which.iter().map(move |column| row * columns + column))
+                .flat_map(|at| part(at, 1))
+                .copied()
+                .collect(),
+        })
+    };
+    tensor.derived(tensor.dtype, shape, Arc::new(made))
 }
 
 /// The down factors, one below the other.

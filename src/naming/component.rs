@@ -132,7 +132,7 @@ pub fn split(path: &str, flattened: bool) -> InPart<'_> {
 
 impl<'a> InPart<'a> {
     /// A path that names no part.
-    pub(super) fn bare(path: &'a str) -> Self {
+    pub fn bare(path: &'a str) -> Self {
         InPart {
             component: None,
             prefix: "",

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use super::component::{self, Flattened, InPart};
 use super::families::transformers::prefixed;
-use super::families::{self, Layout, Match, Side};
+use super::families::{self, Match, Side};
 use super::rows::Rows;
 
 /// How the path of a module is spelled.
@@ -130,36 +130,19 @@ impl Resolver {
     }
 
     fn dotted(&self, path: &str, parameter: &str) -> Resolution {
-        if let Some(name) = self.named(path, parameter) {
-            return Resolution::Exact(vec![Place::whole(name)]);
-        }
-        if path.len() > families::LONGEST {
+        if path.len() > families::LONGEST && self.named(path, parameter).is_none() {
             return Resolution::Unresolved;
         }
-        let spelled: Vec<String> = prefixed(path).collect();
         let ends = families::ends(path);
-        let mut found = BTreeSet::new();
-        for path in &spelled {
-            found.extend(
-                self.named(path, parameter)
-                    .map(|name| vec![Place::whole(name)]),
-            );
-        }
-        for (head, matched) in &ends {
-            for head in prefixed(head) {
-                found.extend(self.matched(&head, matched, parameter));
-            }
-        }
-        match one_list(found) {
+        match self.by_hub(path, &ends, parameter) {
             Resolution::Unresolved => {}
-            Resolution::Exact(places) => return Resolution::Renamed(places),
             found => return found,
         }
         // The families know one prefix of each model, and one version.
         let mut found = BTreeSet::new();
         let whole = ends.iter().filter(|(_, m)| m.row.rows == Rows::Whole);
         let renamed = whole.map(|(head, m)| format!("{head}{}", m.renamed()));
-        for path in spelled.into_iter().chain(renamed) {
+        for path in prefixed(path).chain(renamed) {
             let parts = component::split(&path, false);
             self.in_families(parts, false, parameter, &mut found);
             if parts.component.is_some() {
@@ -168,6 +151,45 @@ impl Resolver {
             }
         }
         one_list(found)
+    }
+
+    /// Finds a parameter under the names that the hub has for it.
+    fn by_hub(&self, path: &str, ends: &[(&str, Match)], parameter: &str) -> Resolution {
+        if let Some(name) = self.named(path, parameter) {
+            return Resolution::Exact(vec![Place::whole(name)]);
+        }
+        let mut found = BTreeSet::new();
+        for path in prefixed(path) {
+            let named = self.named(&path, parameter);
+            found.extend(named.map(|name| vec![Place::whole(name)]));
+        }
+        for (head, matched) in ends {
+            for head in prefixed(head) {
+                found.extend(self.matched(&head, matched, parameter));
+            }
+        }
+        match one_list(found) {
+            Resolution::Exact(places) => Resolution::Renamed(places),
+            found => found,
+        }
+    }
+
+    /// The place of a layer of the hub, which is some outputs of a module.
+    fn on_hub(&self, path: &str, parameter: &str, rows: Rows) -> Option<Place> {
+        let found = self.by_hub(path, &families::ends(path), parameter);
+        let (Resolution::Exact(places) | Resolution::Renamed(places)) = found else {
+            return None;
+        };
+        match (places.as_slice(), rows) {
+            // Perhaps a single expert of a stack.
+            ([place], Rows::Whole) => Some(place.clone()),
+            ([place], _) if place.rows == Rows::Whole => Some(Place {
+                rows,
+                of_module: true,
+                ..place.clone()
+            }),
+            _ => None,
+        }
     }
 
     fn in_part(&self, path: &str, parts: InPart<'_>) -> Resolution {
@@ -197,7 +219,7 @@ impl Resolver {
             .into_iter()
             .flat_map(|path| families::find(&path, flattened))
             .filter(|found| match &self.architecture {
-                Some(own) if found.family.layout == Layout::Gguf => found.family.name == own,
+                Some(own) if found.family.layout.of_language_models() => found.family.name == own,
                 _ => true,
             });
         for matched in matches {
@@ -212,6 +234,10 @@ impl Resolver {
     fn matched(&self, root: &str, matched: &Match, parameter: &str) -> Option<Vec<Place>> {
         let find = |name: &str, rows: Rows, of_module: bool| {
             let path = format!("{root}{name}");
+            // The hub has several names for the layers of one language model.
+            if of_module && matched.family.layout.of_language_models() {
+                return self.on_hub(&path, parameter, rows);
+            }
             // A stack of experts and OpenCLIP's `text_projection` are parameters without a module.
             let bare = || {
                 (rows != Rows::Whole && !of_module && parameter == "weight")

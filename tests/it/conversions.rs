@@ -22,11 +22,16 @@ fn convert(from: &Path, to: &str, base: &Path, output: &Path) -> Result<Report, 
     convert::plan(&options)?.run(&Control::default())
 }
 
-fn merged(base: &Path, adapter: &Path) -> BTreeMap<String, (Vec<u8>, Vec<f64>)> {
+fn merged(
+    base: &Path,
+    adapter: &Path,
+    alpha: Option<f64>,
+) -> BTreeMap<String, (Vec<u8>, Vec<f64>)> {
     let room = tempfile::tempdir().unwrap();
     let output = room.path().join("merged");
-    merge(&options(base, adapter, &output))
-        .unwrap_or_else(|error| panic!("{adapter:?}: {error:?}"));
+    let mut options = options(base, adapter, &output);
+    options.read.alpha = alpha;
+    merge(&options).unwrap_or_else(|error| panic!("{adapter:?}: {error:?}"));
     let file = TensorFile::open(output.join("model.safetensors")).unwrap();
     let tensors = file.directory.tensors.iter();
     let read = |tensor: &loratool::tensor::Tensor| {
@@ -48,7 +53,7 @@ fn every_golden_of_peft_merges_alike_in_every_format_that_can_say_it() {
             continue;
         }
         let from = case.folder.join("adapter");
-        let source = merged(&case.base, &from);
+        let source = merged(&case.base, &from, None);
         for target in convert::targets() {
             let name = format!("{} to {}", case.name, target.id());
             let room = tempfile::tempdir().unwrap();
@@ -67,7 +72,7 @@ fn every_golden_of_peft_merges_alike_in_every_format_that_can_say_it() {
                 }
             };
             *written.entry(target.id()).or_default() += 1;
-            let ours = merged(&case.base, &output);
+            let ours = merged(&case.base, &output, report.alpha);
             assert_eq!(ours.len(), source.len(), "{name}");
             for (tensor, (bytes, values)) in &source {
                 let (our_bytes, our_values) = &ours[tensor];
@@ -83,7 +88,16 @@ fn every_golden_of_peft_merges_alike_in_every_format_that_can_say_it() {
         }
     }
     println!("{written:?}");
-    for id in ["peft", "gguf", "mlx"] {
+    for id in [
+        "peft",
+        "gguf",
+        "mlx",
+        "mlx-npz",
+        "torchtune",
+        "litgpt",
+        "loralib",
+        "adapterhub",
+    ] {
         assert!(
             written.get(id).is_some_and(|count| *count >= 5),
             "{id}: {written:?}"

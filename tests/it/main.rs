@@ -26,6 +26,7 @@ mod kernels;
 mod key_lists;
 mod laws;
 mod llm_formats;
+mod llm_goldens;
 mod lycoris;
 mod mlx;
 mod names;

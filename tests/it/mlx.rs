@@ -66,7 +66,7 @@ fn an_npz_with_a_configuration_merges_like_the_safetensors() {
 fn an_npz_without_a_configuration_is_described_and_its_missing_scale_named() {
     let path = fixture("mlx/lora/adapters.npz");
     let found = inspect(&path, &Default::default()).unwrap();
-    assert_eq!(found.format_name.as_deref(), Some("MLX"));
+    assert_eq!(found.format_name.as_deref(), Some("MLX (npz)"));
     assert_eq!(found.container, "npz");
     assert_eq!(found.exit_code(), 0);
     let ranks = found.summary.unwrap().ranks;

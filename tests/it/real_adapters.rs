@@ -110,7 +110,7 @@ fn other_spellings_are_named_and_described() {
             48,
             4,
         ),
-        ("mlx-npz-7b-16layers-r4", "MLX", 32, 4),
+        ("mlx-npz-7b-16layers-r4", "MLX (npz)", 32, 4),
         ("peft-distilgpt2-adalora", "PEFT", 12, 12),
     ] {
         let Some(found) = described(name) else { return };

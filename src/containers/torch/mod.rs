@@ -15,6 +15,9 @@ use crate::mapped::Input;
 
 mod pickle;
 mod state;
+mod write;
+
+pub use write::archive;
 
 use pickle::{Object, Pickle, Value};
 use state::Bytes;

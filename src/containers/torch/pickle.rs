@@ -79,6 +79,13 @@ pub(super) enum Global {
     Label(&'static str),
 }
 
+/// The class of storages of a type.
+pub(super) fn storage_class(dtype: DType) -> Option<&'static str> {
+    let mut known = GLOBALS.iter();
+    let found = known.find(|(.., global)| *global == Global::Storage(Some(dtype)));
+    found.map(|(_, class, _)| *class)
+}
+
 /// The only names that are known.
 const GLOBALS: &[(&str, &str, Global)] = &[
     ("collections", "OrderedDict", Global::OrderedDict),

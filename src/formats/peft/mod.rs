@@ -10,7 +10,7 @@ use std::path::Path;
 use super::blocks::block_diagonal;
 use super::draft::Writer;
 use super::spellings::summarise;
-use super::{Format, Found, ReadOptions, Summary};
+use super::{Format, Found, ReadOptions, Summary, torchtune};
 use crate::adapter::{
     Adapter, Facts, Layer, Module, Order, Replacement, ReplacementKind, Role, Scale, TokenRows,
 };
@@ -61,6 +61,7 @@ impl Format for Peft {
         let path = config.input.path();
         let settings = Settings::read(&config.object, &options.allow_unknown_config)
             .map_err(|e| e.in_file(path))?;
+        torchtune::refuse_translated(found)?;
         Reader::new(&settings, path).read(found, &config.object)
     }
 

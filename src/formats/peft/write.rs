@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use super::Peft;
-use crate::adapter::{Layer, ReplacementKind};
+use crate::adapter::{Layer, Method, ReplacementKind};
 use crate::error::Result;
 use crate::formats::draft::{
     Draft, LowRank, Named, Writer, Written, is_embedding, reshaped, transposed,
 };
+use crate::methods::ia3;
 use crate::naming::families::Layout;
 
 impl Writer for Peft {
@@ -27,10 +28,16 @@ impl Writer for Peft {
             folder: true,
             ..Written::default()
         };
-        let (modules, mut config) = low_rank(draft, &mut written, |path| {
-            format!("{}{path}", super::key::PREFIX)
-        });
-        config.insert("peft_type".to_owned(), json!("LORA"));
+        let vectors = |named: &&Named| named.module.method.name() == ia3::IA3.name();
+        let vectors = draft.modules.iter().filter(vectors).count() * 2 > draft.modules.len();
+        let (modules, mut config) = match vectors {
+            true => scales(draft, &mut written),
+            false => low_rank(draft, &mut written, |path| {
+                format!("{}{path}", super::key::PREFIX)
+            }),
+        };
+        let kind = if vectors { "IA3" } else { "LORA" };
+        config.insert("peft_type".to_owned(), json!(kind));
         config.insert(
             "base_model_name_or_path".to_owned(),
             json!(draft.adapter.facts.base),
@@ -50,6 +57,10 @@ impl Writer for Peft {
                 ReplacementKind::Module => false,
             };
             match replacement.kind {
+                ReplacementKind::Bias if vectors => {
+                    written.lose(&*replacement.name, "a trained bias beside IA3");
+                    continue;
+                }
                 ReplacementKind::Module => drop(saved.insert(owner.to_owned())),
                 ReplacementKind::Bias => biases = true,
                 ReplacementKind::BaseLayer => {}
@@ -63,10 +74,10 @@ impl Writer for Peft {
         if !saved.is_empty() {
             config.insert("modules_to_save".to_owned(), json!(saved));
         }
-        config.insert(
-            "bias".to_owned(),
-            json!(if biases { "all" } else { "none" }),
-        );
+        if !vectors {
+            let bias = if biases { "all" } else { "none" };
+            config.insert("bias".to_owned(), json!(bias));
+        }
         let mut tokens = BTreeMap::new();
         for rows in &draft.adapter.tokens {
             let key = format!(
@@ -95,6 +106,45 @@ impl Writer for Peft {
         written.config = Some(Value::Object(config));
         Ok(written)
     }
+}
+
+/// Puts the factors of IA3 under PEFT's names (`peft/tuners/ia3/layer.py`, `update_layer`) and gives the paths and
+/// the configuration that they need.
+fn scales(draft: &Draft<'_>, written: &mut Written) -> (BTreeSet<String>, Map<String, Value>) {
+    let (mut paths, mut inputs) = (BTreeSet::new(), BTreeSet::new());
+    for named in &draft.modules {
+        let module = &named.module;
+        let of_outputs = module.get(ia3::OUTPUT_SCALE);
+        let Some(factors) = of_outputs.or_else(|| module.get(ia3::INPUT_SCALE)) else {
+            let text = format!("the method {} beside IA3", module.method.name());
+            written.lose(&*module.path, text);
+            continue;
+        };
+        let count = factors.elements();
+        let shape = match (factors.shape.len(), of_outputs) {
+            (3.., _) => factors.shape.clone(), // of a convolution
+            (_, Some(_)) => vec![count, 1],
+            (_, None) => vec![1, count],
+        };
+        if of_outputs.is_none() {
+            inputs.insert(named.path.clone());
+        }
+        paths.insert(named.path.clone());
+        let key = format!("{}{}.ia3_l", super::key::PREFIX, named.path);
+        written.put(draft, key, &reshaped(factors, shape));
+    }
+    let mut config = Map::new();
+    for (field, value) in [
+        ("target_modules", json!(paths)),
+        ("feedforward_modules", json!(inputs)),
+        ("fan_in_fan_out", json!(false)),
+        ("init_ia3_weights", json!(true)),
+        ("inference_mode", json!(true)),
+        ("task_type", Value::Null),
+    ] {
+        config.insert(field.to_owned(), value);
+    }
+    (paths, config)
 }
 
 /// Puts the factors under PEFT's names and gives the paths and the configuration that they need; the
@@ -222,7 +272,7 @@ pub(in crate::formats) fn low_rank(
 }
 
 /// A whole number without a point, as PEFT writes its α.
-fn number(value: f64) -> Value {
+pub(in crate::formats) fn number(value: f64) -> Value {
     match value.fract() == 0.0 && value.abs() < 1e15 {
         true => json!(value as i64),
         false => json!(value),

@@ -9,7 +9,7 @@ use std::iter;
 use std::sync::LazyLock;
 
 use super::path;
-use super::rows::Rows;
+use super::rows::{Heads, Rows};
 
 mod anima;
 mod bert_gguf;
@@ -17,6 +17,7 @@ mod flux1;
 mod flux2;
 mod gpt2_gguf;
 mod hunyuan_video;
+mod litgpt;
 mod llama_gguf;
 mod neox_gguf;
 mod openclip;
@@ -25,6 +26,7 @@ mod sd3;
 mod sd_unet;
 mod t5;
 mod t5_gguf;
+mod torchtune;
 pub(super) mod transformers;
 mod wan;
 
@@ -41,6 +43,13 @@ pub enum Layout {
     Litgpt,
     /// transformers 5, where it differs from the names in files.
     Transformers,
+}
+
+impl Layout {
+    /// Whether models have the same names in it and differ in their rows, so that the model has to be known.
+    pub fn of_language_models(self) -> bool {
+        matches!(self, Layout::Gguf | Layout::Torchtune | Layout::Litgpt)
+    }
 }
 
 /// Longer than any path that a row describes.
@@ -113,6 +122,21 @@ pub static FAMILIES: &[Family] = &[
     bert_gguf::BERT_GGUF,
     t5_gguf::T5_GGUF,
     t5_gguf::T5_ENCODER_GGUF,
+    torchtune::LLAMA_TORCHTUNE,
+    torchtune::GEMMA_TORCHTUNE,
+    torchtune::GEMMA2_TORCHTUNE,
+    torchtune::QWEN2_TORCHTUNE,
+    litgpt::LLAMA_LITGPT,
+    litgpt::QWEN2_LITGPT,
+    litgpt::QWEN3_LITGPT,
+    litgpt::QWEN3MOE_LITGPT,
+    litgpt::GEMMA_LITGPT,
+    litgpt::GEMMA2_LITGPT,
+    litgpt::GEMMA3_LITGPT,
+    litgpt::OLMO2_LITGPT,
+    litgpt::PHI_LITGPT,
+    litgpt::GPTNEOX_LITGPT,
+    litgpt::FALCON_LITGPT,
 ];
 
 /// Layers that are whole under both names, below a path of either side.
@@ -131,6 +155,14 @@ fn thirds(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], other: &str) {
             other,
             Rows::Block { index, of: 3 },
         ));
+    }
+}
+
+/// Queries, keys and values of the hub that are one layer, all heads of a kind one below the other.
+fn thirds_of_heads(rows: &mut Vec<Row>, hub: &str, layers: [&str; 3], other: &str) {
+    let kinds = [Heads::Query, Heads::Key, Heads::Value];
+    for (layer, heads) in layers.into_iter().zip(kinds) {
+        rows.push(row(format!("{hub}{layer}"), other, Rows::Stacked(heads)));
     }
 }
 
@@ -175,6 +207,7 @@ const ARCHITECTURES: &[(&str, &str)] = &[
     ("gpt_neox", "gptneox"),
     ("cohere", "command-r"),
     ("gpt_oss", "gpt-oss"),
+    ("phi", "phi2"),
 ];
 
 /// llama.cpp's architecture of a kind of model.

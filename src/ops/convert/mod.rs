@@ -9,7 +9,8 @@ use super::merge::Control;
 use crate::adapter::{Adapter, ReplacementKind};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::{Destination, OutputFile, Shape};
-use crate::containers::{Header, TensorFile, safetensors};
+use crate::containers::archive::{Archive, Checksum, Pieces};
+use crate::containers::{Entry, Header, TensorFile, safetensors};
 use crate::error::{Error, Reason, Result};
 use crate::formats::{CONFIG, Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
 use crate::naming::families::Layout;
@@ -87,6 +88,9 @@ pub struct Report {
     pub losses: Vec<Loss>,
     /// Scales that were multiplied into factors.
     pub folded: Vec<Loss>,
+    /// The alpha that has to be stated when the output is read, where its format has no place for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
     /// What is odd about the adapter.
     pub notices: Vec<Notice>,
 }
@@ -97,7 +101,7 @@ pub struct Plan {
     found: Found,
     base: Option<Checkpoint>,
     written: Written,
-    header: Header,
+    frame: Frame,
     shape: Shape,
     report: Report,
 }
@@ -172,7 +176,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         let name = twice[0].to_owned();
         return Err(Error::new(Reason::OutputNameTwice { name }).in_file(&options.adapter));
     }
-    let header = header(&written)?;
+    let frame = Frame::of(&written)?;
     let extension = Path::new(written.name).extension();
     let as_file = !written.folder
         && options
@@ -180,11 +184,6 @@ pub fn plan(options: &Options) -> Result<Plan> {
             .extension()
             .is_some_and(|e| Some(e) == extension);
     let shape = if as_file { Shape::File } else { Shape::Folder };
-    let data: u64 = written
-        .tensors
-        .iter()
-        .map(|tensor| tensor.length.next_multiple_of(header.alignment.max(1)))
-        .sum();
     let report = Report {
         schema: 1,
         dry_run: true,
@@ -195,9 +194,10 @@ pub fn plan(options: &Options) -> Result<Plan> {
         family: family.map(str::to_owned),
         modules: adapter.modules.len(),
         tensors: written.tensors.len(),
-        bytes: header.bytes.len() as u64 + data,
+        bytes: frame.length(&written.tensors)?,
         losses: written.losses.clone(),
         folded: written.folded.clone(),
+        alpha: written.alpha,
         notices: adapter.notices.clone(),
     };
     let plan = Plan {
@@ -205,7 +205,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         found,
         base,
         written,
-        header,
+        frame,
         shape,
         report,
     };
@@ -254,6 +254,7 @@ fn write(
         dtype: options.dtype,
         family,
         prefix: options.prefix.as_deref(),
+        attention: names::heads(adapter, base),
     };
     Ok((writer.write(&draft)?, family))
 }
@@ -312,20 +313,24 @@ impl Plan {
         let sink = self.destination(control)?.begin()?;
         self.hash()?;
         let mut file = sink.create(self.written.name)?;
-        file.write(&self.header.bytes)?;
-        for tensor in &self.written.tensors {
-            control.check()?;
-            copy(tensor, &mut file)?;
-            let padded = tensor.length.next_multiple_of(self.header.alignment.max(1));
-            file.write(&vec![0; (padded - tensor.length) as usize])?;
-            control.progress(file.written().min(self.report.bytes), self.report.bytes);
-        }
+        let mut output = Output {
+            tensors: &self.written.tensors,
+            bytes: self.report.bytes,
+            file: &mut file,
+            control,
+        };
+        self.frame.write(&self.written.tensors, &mut output)?;
         let path = file.finish()?;
         if let Some(config) = &self.written.config {
             let text = serde_json::to_string_pretty(config).unwrap_or_default();
             let mut file = sink.create(CONFIG)?;
             file.write(text.as_bytes())?;
             file.write(b"\n")?;
+            file.finish()?;
+        }
+        for (name, text) in &self.written.beside {
+            let mut file = sink.create(name)?;
+            file.write(text.as_bytes())?;
             file.finish()?;
         }
         for input in self.found.inputs() {
@@ -356,33 +361,123 @@ impl Plan {
             .map(|byte| format!("{byte:02x}"))
             .collect();
         self.written.metadata.push((key.to_owned(), digest));
-        let before = self.header.bytes.len() as u64;
-        self.header = header(&self.written)?;
-        self.report.bytes = self.report.bytes - before + self.header.bytes.len() as u64;
+        self.frame = Frame::of(&self.written)?;
+        self.report.bytes = self.frame.length(&self.written.tensors)?;
         Ok(())
     }
 }
 
-/// What stands before the data.
-fn header(written: &Written) -> Result<Header> {
-    if let Some(header) = &written.header {
-        return header(&written.tensors);
-    }
-    let entries: Vec<(&str, DType, &[usize])> = written
-        .tensors
-        .iter()
-        .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-        .collect();
-    Ok(Header {
-        bytes: safetensors::header(&written.metadata, &entries)?,
-        alignment: 1,
-    })
+/// What stands around the data.
+enum Frame {
+    /// Bytes before them.
+    Header(Header),
+    /// A member for each tensor.
+    Archive(Archive),
 }
 
-/// Copies what lies in the file; makes what does not.
-fn copy(tensor: &Tensor, file: &mut OutputFile) -> Result<()> {
-    match tensor.memory.is_some() || tensor.made.is_some() {
-        true => file.write(&tensor.bytes()?),
-        false => file.copy(&tensor.input, tensor.offset, tensor.length),
+impl Frame {
+    fn of(written: &Written) -> Result<Self> {
+        if let Some(header) = &written.header {
+            return Ok(Frame::Header(header(&written.tensors)?));
+        }
+        if let Some(archive) = written.archive {
+            let entries: Vec<Entry<'_>> = written.tensors.iter().map(entry).collect();
+            return Ok(Frame::Archive(archive(&entries)?));
+        }
+        let entries: Vec<(&str, DType, &[usize])> = written
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+            .collect();
+        Ok(Frame::Header(Header {
+            bytes: safetensors::header(&written.metadata, &entries)?,
+            alignment: 1,
+        }))
+    }
+
+    /// Gives everything, data and what stands around them.
+    fn write(&self, tensors: &[Tensor], pieces: &mut dyn Pieces) -> Result<()> {
+        let header = match self {
+            Frame::Archive(archive) => return archive.write(pieces),
+            Frame::Header(header) => header,
+        };
+        pieces.bytes(&header.bytes)?;
+        for (index, tensor) in tensors.iter().enumerate() {
+            pieces.tensor(index, None)?;
+            let padded = tensor.length.next_multiple_of(header.alignment.max(1));
+            pieces.bytes(&vec![0; (padded - tensor.length) as usize])?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the whole file.
+    fn length(&self, tensors: &[Tensor]) -> Result<u64> {
+        let mut count = Count { tensors, bytes: 0 };
+        self.write(tensors, &mut count)?;
+        Ok(count.bytes)
+    }
+}
+
+fn entry(tensor: &Tensor) -> Entry<'_> {
+    Entry {
+        name: &tensor.name,
+        dtype: tensor.dtype,
+        shape: &tensor.shape,
+        blocks: None,
+    }
+}
+
+/// Counts instead of writing.
+struct Count<'a> {
+    tensors: &'a [Tensor],
+    bytes: u64,
+}
+
+impl Pieces for Count<'_> {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn tensor(&mut self, index: usize, _checksum: Option<&mut Checksum>) -> Result<u64> {
+        let length = self.tensors[index].length;
+        self.bytes += length;
+        Ok(length)
+    }
+}
+
+/// Writes to the file of tensors.
+struct Output<'a> {
+    tensors: &'a [Tensor],
+    bytes: u64,
+    file: &'a mut OutputFile,
+    control: &'a Control<'a>,
+}
+
+impl Pieces for Output<'_> {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write(bytes)
+    }
+
+    /// Copies what lies in a file; makes what does not.
+    fn tensor(&mut self, index: usize, checksum: Option<&mut Checksum>) -> Result<u64> {
+        self.control.check()?;
+        let tensor = &self.tensors[index];
+        match checksum {
+            None if tensor.memory.is_none() && tensor.made.is_none() => {
+                let file = &mut self.file;
+                file.copy(&tensor.input, tensor.offset, tensor.length)?;
+            }
+            checksum => {
+                let bytes = tensor.bytes()?;
+                if let Some(checksum) = checksum {
+                    checksum.update(&bytes);
+                }
+                self.file.write(&bytes)?;
+            }
+        }
+        let written = self.file.written().min(self.bytes);
+        self.control.progress(written, self.bytes);
+        Ok(tensor.length)
     }
 }

@@ -24,11 +24,9 @@ pub(super) fn family(
 ) -> Result<Option<&'static str>> {
     let stated = adapter.facts.other.get("general.architecture").cloned();
     let is_known = |told: &String| {
-        let of_llama_cpp = |family: &&Family| family.layout == Layout::Gguf;
-        FAMILIES
-            .iter()
-            .filter(of_llama_cpp)
-            .any(|family| family.name == *told)
+        let of_language = |family: &&Family| family.layout.of_language_models();
+        let mut families = FAMILIES.iter().filter(of_language);
+        families.any(|family| family.name == *told)
     };
     // llama.cpp has more models under one architecture than `architecture` knows; the adapter says it.
     let told = base.and_then(architecture).filter(is_known);
@@ -47,7 +45,7 @@ pub(super) fn family(
     let mut counts: HashMap<&'static str, usize> = HashMap::new();
     let mut known = 0;
     for module in &adapter.modules {
-        let parts = split(&module.path, module.spelling == Spelling::Flattened);
+        let parts = parts_of(module);
         if parts.component.is_some_and(|component| component.is_text) {
             continue;
         }
@@ -99,9 +97,23 @@ fn moved(layout: Option<Layout>, found: &Match) -> Vec<Rows> {
     }
 }
 
+/// The part of a pipeline that a module is of. Language models may have a `transformer` of their own.
+fn parts_of(module: &Module) -> InPart<'_> {
+    let parts = split(&module.path, module.spelling == Spelling::Flattened);
+    let of_pipeline = |found: &Match| found.family.layout == Layout::Original;
+    let own = module.spelling == Spelling::Dotted
+        && parts.prefix == "transformer."
+        && !find(parts.path, false).iter().any(of_pipeline);
+    if own {
+        InPart::bare(&module.path)
+    } else {
+        parts
+    }
+}
+
 fn matches(module: &Module) -> Vec<Match> {
     let flattened = module.spelling == Spelling::Flattened;
-    let parts = split(&module.path, flattened);
+    let parts = parts_of(module);
     let mut found = Vec::new();
     for path in parts.spellings(flattened) {
         found.extend(find(&path, flattened));
@@ -112,17 +124,66 @@ fn matches(module: &Module) -> Vec<Match> {
 /// The modules under the names of a layout (the hub's if `None`), split or fused where layers are.
 ///
 /// # Errors
-/// Flattened names that no family and no base tells, fused layers whose parts cannot be told: all listed.
+/// Flattened names that no family and no base tells, names that the base does not have, fused layers whose
+/// parts cannot be told: all listed.
 pub(super) fn renamed(
     adapter: &Adapter,
     layout: Option<Layout>,
     family: Option<&str>,
     base: Option<&Checkpoint>,
 ) -> Result<Vec<Named>> {
+    let known = Known {
+        from: adapter.layout,
+        attention: heads(adapter, base),
+        // Repeated layers have numbers beyond the base's.
+        all_layers: adapter.replication.is_empty(),
+    };
+    // No table leads from one layout of language models to another: the hub's is between them.
+    if layout.is_some() && adapter.layout.is_some_and(|own| Some(own) != layout) {
+        let hub = in_layout(&adapter.modules, None, family, base, known)?;
+        let modules: Vec<Module> = hub
+            .into_iter()
+            .map(|named| Module {
+                path: format!("{}{}", named.prefix, named.path),
+                ..named.module
+            })
+            .collect();
+        let known = Known {
+            from: None,
+            ..known
+        };
+        return in_layout(&modules, layout, family, base, known);
+    }
+    in_layout(&adapter.modules, layout, family, base, known)
+}
+
+/// The heads of the model: those of the base, or what the adapter's files tell.
+pub(super) fn heads(adapter: &Adapter, base: Option<&Checkpoint>) -> Attention {
+    let stated = base.map(attention).filter(|heads| heads.query.is_some());
+    stated.unwrap_or(adapter.attention)
+}
+
+/// What is known of the model besides its names.
+#[derive(Clone, Copy)]
+struct Known {
+    /// The layout of language models that the names are of.
+    from: Option<Layout>,
+    attention: Attention,
+    /// Whether the base has every layer that the adapter may name.
+    all_layers: bool,
+}
+
+fn in_layout(
+    modules: &[Module],
+    layout: Option<Layout>,
+    family: Option<&str>,
+    base: Option<&Checkpoint>,
+    known: Known,
+) -> Result<Vec<Named>> {
     let mut renaming = Renaming {
         layout,
         family,
-        attention: base.map(attention).unwrap_or_default(),
+        known,
         base,
         resolver: base.map(|base| {
             Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))
@@ -132,9 +193,10 @@ pub(super) fn renamed(
         waiting: Vec::new(),
         unknown: Vec::new(),
         ambiguous: Vec::new(),
+        absent: Vec::new(),
         experts: Vec::new(),
     };
-    for module in &adapter.modules {
+    for module in modules {
         renaming.module(module)?;
     }
     let fail = |reason, cases| Err(Error::new(reason).with_cases(cases));
@@ -145,6 +207,10 @@ pub(super) fn renamed(
     if !renaming.unknown.is_empty() {
         let count = renaming.unknown.len();
         return fail(Reason::NamesUnknown { count }, renaming.unknown);
+    }
+    if !renaming.absent.is_empty() {
+        let count = renaming.absent.len();
+        return fail(Reason::Modules { count }, renaming.absent);
     }
     if !renaming.experts.is_empty() {
         let reason = Reason::MethodOnTarget {
@@ -171,13 +237,15 @@ struct Waiting {
 struct Renaming<'a> {
     layout: Option<Layout>,
     family: Option<&'a str>,
-    attention: Attention,
+    known: Known,
     base: Option<&'a Checkpoint>,
     resolver: Option<Resolver>,
     done: Vec<(usize, Named)>,
     waiting: Vec<Waiting>,
     unknown: Vec<String>,
     ambiguous: Vec<String>,
+    /// Modules that the base does not have.
+    absent: Vec<String>,
     /// Modules of one expert, for which the target has a stack of all.
     experts: Vec<String>,
 }
@@ -185,7 +253,7 @@ struct Renaming<'a> {
 impl Renaming<'_> {
     fn module(&mut self, module: &Module) -> Result<()> {
         let flattened = module.spelling == Spelling::Flattened;
-        let parts = split(&module.path, flattened);
+        let parts = parts_of(module);
         let named = |path: String, module: Module| Named {
             component: parts.component,
             prefix: match flattened {
@@ -241,6 +309,14 @@ impl Renaming<'_> {
                     (_, true) => self.in_base(module),
                 };
                 match path {
+                    // One that names a part of a pipeline may be of another part than the base.
+                    Some(_)
+                        if !flattened
+                            && parts.component.is_none()
+                            && self.is_absent(&module.path, module.spelling) =>
+                    {
+                        self.absent.push(module.path.clone());
+                    }
                     Some(path) => self.done.push((order, named(path, module.clone()))),
                     None => self.unknown.push(module.path.clone()),
                 }
@@ -262,6 +338,14 @@ impl Renaming<'_> {
     /// Whether a family may name a module: the one of the denoiser, or any for a text encoder.
     fn fits(&self, found: &Match, parts: InPart<'_>) -> bool {
         let text = parts.component.is_some_and(|component| component.is_text);
+        // Names that only one tool has are its own in no other adapter.
+        let layout = found.family.layout;
+        if found.side == Side::Other
+            && layout.of_language_models()
+            && self.known.from != Some(layout)
+        {
+            return false;
+        }
         match self.family {
             Some(family) if !text => found.family.name == family || found.family.is_text,
             _ => true,
@@ -284,13 +368,26 @@ impl Renaming<'_> {
                     .push((order, named(name.to_owned(), module.clone())));
             }
             (None, Side::Other) => {
+                let absent = |part: &Match| {
+                    found.family.layout.of_language_models()
+                        && self.is_absent(&part.name(Side::Hub), Spelling::Dotted)
+                };
+                if siblings.iter().any(absent) {
+                    self.absent.push(module.path.clone());
+                    return Ok(());
+                }
+                let parts = siblings.len();
                 for part in siblings {
                     let rows = self.rows_of(module, part.row.rows)?;
                     let taken = match part.row.rows {
-                        Rows::Whole => module.clone(),
-                        _ => module.outputs(&rows)?,
+                        Rows::Whole => Some(module.clone()),
+                        // Parts that were trained apart lie block by block in one of the whole layer.
+                        _ if parts > 1 => module.method.without_zeros(module.outputs(&rows)?)?,
+                        _ => Some(module.outputs(&rows)?),
                     };
-                    self.done.push((order, named(part.name(Side::Hub), taken)));
+                    let name = part.name(Side::Hub);
+                    self.done
+                        .extend(taken.map(|module| (order, named(name, module))));
                 }
             }
             (Some(_), Side::Hub) if found.row.rows == Rows::Whole => {
@@ -322,9 +419,9 @@ impl Renaming<'_> {
         let ranges = extent
             .outputs
             .zip(inputs)
-            .and_then(|(outputs, inputs)| rows.ranges(outputs, inputs, self.attention));
+            .and_then(|(outputs, inputs)| rows.ranges(outputs, inputs, self.known.attention));
         ranges.ok_or_else(|| {
-            if rows.needs_heads() && self.attention == Attention::default() {
+            if rows.needs_heads() && self.known.attention == Attention::default() {
                 return module.error(Reason::HeadsNeeded);
             }
             let (outputs, inputs) = (extent.outputs.unwrap_or(0), extent.inputs.unwrap_or(0));
@@ -334,6 +431,12 @@ impl Renaming<'_> {
                 ),
             })
         })
+    }
+
+    /// Whether the base is known and lacks a module.
+    fn is_absent(&self, path: &str, spelling: Spelling) -> bool {
+        let lacks = |base: &Resolver| base.resolve(path, spelling) == Resolution::Unresolved;
+        self.known.all_layers && self.resolver.as_ref().is_some_and(lacks)
     }
 
     /// The dotted path of a flattened one, as the base names it.
@@ -397,7 +500,7 @@ impl Renaming<'_> {
         })?;
         let mut parts = Vec::new();
         for (part, (rows, outputs)) in group.iter().zip(&sizes) {
-            let ranges = rows.ranges(total, inputs.unwrap_or(0), self.attention);
+            let ranges = rows.ranges(total, inputs.unwrap_or(0), self.known.attention);
             let ranges = ranges.ok_or_else(|| error("its rows cannot be told"))?;
             if ranges.iter().map(Range::len).sum::<usize>() != *outputs {
                 return Err(error("its outputs are not those of its part"));
