@@ -124,6 +124,11 @@ impl Convert {
                 render::out(&printable(&format!("{what}: {line}")));
             }
         }
+        if let Some(alpha) = report.alpha {
+            let text =
+                "its files have no place for it; --adapter-alpha states it where they are read";
+            render::out(&format!("alpha: {alpha} ({text})"));
+        }
         if !self.quiet {
             let done = if report.dry_run {
                 "would write"

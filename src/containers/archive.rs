@@ -6,6 +6,7 @@
 
 pub use crc32fast::Hasher as Checksum;
 
+use super::Entry;
 use crate::error::{Error, Reason, Result};
 
 /// Largest archive, and most members: sizes of 64 bits are not written.
@@ -35,6 +36,9 @@ pub struct Archive {
     members: Vec<Member>,
     alignment: usize,
 }
+
+/// Puts an archive of tensors together.
+pub type Assemble = fn(&[Entry<'_>]) -> Result<Archive>;
 
 /// Takes an archive piece by piece.
 pub trait Pieces {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::blocks::block_diagonal;
-use super::draft::{Draft, LowRank, Named, Writer, Written, joined, reshaped};
+use super::draft::{Draft, LowRank, Named, Part, Writer, Written, joined, reshaped};
 use super::peft::write::number;
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -549,14 +549,12 @@ fn factors(
     for (path, parts) in fused {
         let rows = parts.iter().flatten().next();
         let rows = rows.map_or(0, |factors| factors.up.dimension(0));
-        let parts: Vec<_> = parts
-            .iter()
-            .enumerate()
-            .map(|(matrix, own)| {
-                let own = own.map(|factors| (factors.down.clone(), factors.up.clone()));
-                (rows, spots.contains(&Spot::Attention(matrix)), own)
-            })
-            .collect();
+        let part = |(matrix, own): (usize, &Option<&LowRank>)| Part {
+            rows,
+            adapted: spots.contains(&Spot::Attention(matrix)),
+            factors: own.map(|factors| (factors.down.clone(), factors.up.clone())),
+        };
+        let parts: Vec<Part> = parts.iter().enumerate().map(part).collect();
         if let Some((down, up)) = joined(&parts, draft.dtype) {
             written.put(draft, key(path, "lora_A"), &down);
             written.put(draft, key(path, "lora_B"), &up);

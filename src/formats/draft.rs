@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::peft::write::most_common;
 use crate::adapter::{Adapter, Layer, Method, Module, Role, Scale, Stored};
-use crate::containers::archive::Archive;
-use crate::containers::{Entry, Header};
+use crate::containers::Header;
+use crate::containers::archive::Assemble;
 use crate::error::Result;
 use crate::methods::{dora, lora};
 use crate::naming::component::Component;
@@ -77,7 +77,7 @@ pub struct Written {
     #[allow(clippy::type_complexity, reason = "a constructor of one header")]
     pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header>>>,
     /// Puts the archive together, where the container is one.
-    pub archive: Option<fn(&[Entry<'_>]) -> Result<Archive>>,
+    pub archive: Option<Assemble>,
     /// The name of the file of tensors in a folder.
     pub name: &'static str,
     /// The configuration beside it.
@@ -322,20 +322,25 @@ fn filled(tensor: &Tensor, axis: usize, size: usize) -> Tensor {
     tensor.derived(tensor.dtype, vec![height, width], Arc::new(made))
 }
 
+/// A part of a fused layer.
+pub(super) struct Part {
+    pub(super) rows: usize,
+    /// Whether it is adapted anywhere.
+    pub(super) adapted: bool,
+    /// Its factors, down and up, where it is adapted here.
+    pub(super) factors: Option<(Tensor, Tensor)>,
+}
+
 /// The factors of the adapted parts of a fused layer, one kind below the other; zeros where this layer lacks one.
-/// `parts` are the rows of each part, whether it is adapted, and its factors; one of them has some.
-pub(super) fn joined(
-    parts: &[(usize, bool, Option<(Tensor, Tensor)>)],
-    dtype: Option<Float>,
-) -> Option<(Tensor, Tensor)> {
-    let (first_down, first_up) = parts.iter().find_map(|(.., own)| own.clone())?;
-    let adapted = parts.iter().filter(|(_, adapted, _)| *adapted);
-    let factors = adapted.map(|(rows, _, own)| match own {
+pub(super) fn joined(parts: &[Part], dtype: Option<Float>) -> Option<(Tensor, Tensor)> {
+    let (first_down, first_up) = parts.iter().find_map(|part| part.factors.clone())?;
+    let adapted = parts.iter().filter(|part| part.adapted);
+    let factors = adapted.map(|part| match &part.factors {
         Some(own) => own.clone(),
         None => {
-            let rank = first_up.dimension(1);
             let down = zeros(&first_down, first_down.shape.clone());
-            (down, zeros(&first_up, vec![*rows, rank]))
+            let shape = vec![part.rows, first_up.dimension(1)];
+            (down, zeros(&first_up, shape))
         }
     });
     let (downs, ups): (Vec<Tensor>, Vec<Tensor>) = factors.unzip();

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::json;
 
 use super::blocks::block_diagonal;
-use super::draft::{Draft, LowRank, Named, Writer, Written, joined, zeros};
+use super::draft::{Draft, LowRank, Named, Part, Writer, Written, joined, zeros};
 use super::peft::write::number as whole_if_it_is;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
@@ -236,8 +236,12 @@ impl Writer for Litgpt {
         if let Some(shapes) = &shapes {
             for (name, parts) in &fused {
                 let parts = PARTS.iter().zip(adapted).zip(parts);
-                let parts: Vec<_> = parts
-                    .map(|(((heads, _), on), own)| (shapes.rows(*heads), on, own.clone()))
+                let parts: Vec<Part> = parts
+                    .map(|(((heads, _), adapted), factors)| Part {
+                        rows: shapes.rows(*heads),
+                        adapted,
+                        factors: factors.clone(),
+                    })
                     .collect();
                 let pair = joined(&parts, draft.dtype);
                 all.extend(pair.map(|(down, up)| (name.clone(), down, up)));
@@ -247,14 +251,15 @@ impl Writer for Litgpt {
         for (name, factors) in plain {
             all.push((name, factors.down.clone(), factors.up.clone()));
         }
+        // The hub's names tell which of the two kinds of blocks it is.
+        let gated = alike
+            .modules
+            .iter()
+            .any(|(named, _, (name, _))| name.contains(".mlp.") && named.path.ends_with("_proj"));
         for (key, ends) in SWITCHES {
-            let has = |end: &&str| all.iter().any(|(name, ..)| name.ends_with(*end));
-            let is_on = match *key {
-                // Its first layer tells one kind of block from the other.
-                "lora_mlp" => ends[..ends.len() - 1].iter().any(|end| has(&end)),
-                _ => ends.iter().any(|end| has(&end)),
-            };
-            if is_on {
+            let has = |end: &str| all.iter().any(|(name, ..)| name.ends_with(end));
+            let own_kind = *key != "lora_mlp" || gated == ends.contains(&"mlp.fc_1");
+            if own_kind && ends.iter().any(|end| has(end)) {
                 settings.insert(key, true);
                 if *key != "lora_head" {
                     complete(&mut all, ends); // of every block
