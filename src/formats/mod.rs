@@ -198,6 +198,12 @@ impl Found {
             .find(|format| format.recognises(self))
     }
 
+    /// Whether the names and metadata of the file are those of an adapter, whatever lies beside it.
+    pub(crate) fn is_adapter_alone(mut self) -> bool {
+        (self.config, self.settings) = (None, Vec::new());
+        self.format().is_some()
+    }
+
     /// Recognises and reads the adapter.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::convert;
+use super::merge::holds_an_adapter;
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
 use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Kind, Reason, Result};
@@ -200,6 +201,10 @@ pub(super) enum Opened {
 pub(super) fn open(path: &Path) -> Result<Opened> {
     if path.is_dir() {
         match Checkpoint::open_variant(path, &Variant::Any) {
+            Ok(checkpoint) if holds_an_adapter(&checkpoint) => {
+                let found = Found::open(checkpoint.shards[0].file.input.path())?;
+                return Ok(Opened::Tensors(Box::new(found)));
+            }
             Ok(checkpoint) => return Ok(Opened::Checkpoint(Box::new(checkpoint))),
             Err(error) => match error.reason() {
                 // Perhaps an adapter, or a folder with one file of tensors.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use loratool::checkpoint::Checkpoint;
 use loratool::containers::TensorFile;
+use loratool::formats::ReadOptions;
 use loratool::notice::{Notice, NoticeKind};
 use loratool::ops::check::check;
 use loratool::ops::inspect::inspect;
@@ -344,5 +345,28 @@ fn a_failure_of_any_operation_leaves_no_half_result_of_a_torch_base() {
             ..options(&base(name), &adapter(&room), &room.path(output))
         };
         fail_everywhere(&options, None);
+    }
+}
+
+#[test]
+fn a_folder_whose_only_weights_are_factors_is_an_adapter_and_no_base() {
+    let room = Room::new();
+    let loralib = |name: &str| fixture("formats/loralib").join(name);
+    for name in ["pytorch_model.lora.bin", "pytorch_model.bin"] {
+        let bytes = std::fs::read(loralib("lora_only.pt")).unwrap();
+        let folder = room.write(&format!("{name}/{name}"), bytes);
+        let folder = folder.parent().unwrap();
+        let told = inspect(folder, &ReadOptions::default()).unwrap();
+        assert_ne!(told.what, "checkpoint", "{name}");
+        assert_eq!(told.format.as_deref(), Some("loralib"), "{name}");
+        let refused = |base: &Path, adapter: &Path| {
+            let options = options(base, adapter, &room.path("merged"));
+            merge(&options).map(drop).unwrap_err()
+        };
+        assert_reason!(refused(folder, &adapter(&room)), Reason::BaseIsAdapter);
+        let base = loralib("lora_only-base.safetensors");
+        assert_reason!(refused(folder, &base), Reason::SwappedArguments);
+        // The right way round only its alpha is missing.
+        assert_reason!(refused(&base, folder), Reason::AlphaMissing);
     }
 }

@@ -23,6 +23,7 @@ mod report;
 mod run;
 
 pub(crate) use place::{architecture, attention};
+pub(crate) use plan::holds_an_adapter;
 pub use plan::{Plan, PlannedModule, PlannedTensor};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 

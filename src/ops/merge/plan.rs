@@ -297,7 +297,7 @@ fn open_base(options: &Options) -> Result<Checkpoint> {
     let base = Checkpoint::open_variant(&options.base, &options.variant);
     let is_adapter = |path: &Path| Found::open(path).is_ok_and(|found| found.format().is_some());
     let looks_wrong = match &base {
-        Ok(base) => !base.is_folder && is_adapter(&options.base),
+        Ok(base) => holds_an_adapter(base) || !base.is_folder && is_adapter(&options.base),
         Err(error) => matches!(error.reason(), Reason::BaseIsAdapter),
     };
     if !looks_wrong {
@@ -316,7 +316,16 @@ fn open_base(options: &Options) -> Result<Checkpoint> {
 }
 
 fn is_checkpoint(path: &Path) -> bool {
-    Checkpoint::open_variant(path, &Variant::Any).is_ok()
+    let opened = Checkpoint::open_variant(path, &Variant::Any);
+    opened.is_ok_and(|checkpoint| !holds_an_adapter(&checkpoint))
+}
+
+/// Whether what is called as weights of a model are is an adapter: `pytorch_model.lora.bin`.
+pub(crate) fn holds_an_adapter(checkpoint: &Checkpoint) -> bool {
+    match checkpoint.shards.as_slice() {
+        [only] => Found::open(only.file.input.path()).is_ok_and(Found::is_adapter_alone),
+        _ => false,
+    }
 }
 
 fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
