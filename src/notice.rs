@@ -72,6 +72,12 @@ pub enum NoticeKind {
     NotWeights,
     /// The averaged copy of changed weights in a checkpoint of a training was left alone.
     EmaCopy,
+    /// There is no configuration beside the weights, and its scale was taken otherwise.
+    ConfigMissing,
+    /// A copy of the base's own weight in the adapter, which a format that cannot hold it need not say.
+    BaseCopy,
+    /// A result that some readers of its format load nothing, or not all of.
+    LoadedByFew,
     /// The method can be described but not merged.
     NotMergeable,
 }
@@ -89,6 +95,8 @@ impl NoticeKind {
                 | NoticeKind::SharedTensor
                 | NoticeKind::NotWeights
                 | NoticeKind::EmaCopy
+                | NoticeKind::LoadedByFew
+                | NoticeKind::BaseCopy
         )
     }
 }

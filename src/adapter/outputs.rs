@@ -9,6 +9,14 @@ use crate::error::{Reason, Result};
 use crate::tensor::Tensor;
 
 impl Module {
+    /// Whether a parameter differs from one output of the layer to another.
+    pub fn is_along_outputs(&self) -> bool {
+        let roles = self.method.roles().iter();
+        roles
+            .filter(|known| self.get(known.role).is_some())
+            .any(|known| known.along != Along::Others)
+    }
+
     /// The module of some of the outputs, in the order of `rows`. Nothing is read before it is used.
     ///
     /// # Errors

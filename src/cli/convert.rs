@@ -34,6 +34,9 @@ pub(super) struct Convert {
     /// The family of the model, where its names alone do not tell it
     #[arg(long, value_name = "NAME")]
     family: Option<String>,
+    /// The part of a pipeline that names are of which do not say it: unet, transformer, text_encoder, …
+    #[arg(long, value_name = "NAME")]
+    component: Option<String>,
     /// Leave out what the format cannot say
     #[arg(long)]
     allow_losses: bool,
@@ -81,6 +84,7 @@ impl Convert {
             output: self.output.clone(),
             base: self.base.clone(),
             family: self.family.clone(),
+            component: self.component.clone(),
             allow_losses: self.allow_losses,
             dtype: self.dtype.float(),
             prefix: self.prefix.as_ref().map(|text| match text.ends_with('_') {

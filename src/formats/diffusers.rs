@@ -5,7 +5,7 @@
 //! of the pipeline. The scale is that of `lora_adapter_metadata` (PEFT's configuration by part), or of a
 //! tensor `alpha`, or 1.
 
-use super::draft::{Draft, Named, Writer, Written};
+use super::draft::{Draft, Named, Writer, Written, is_embedding};
 use super::peft::Told as Configuration;
 use super::peft::write::low_rank;
 use super::pieces::{Piece, Pieces, Told, facts};
@@ -18,6 +18,7 @@ use crate::methods::{dora, lora};
 use crate::naming::families::Layout;
 use crate::naming::path::without_wrappers;
 use crate::naming::{Spelling, component};
+use crate::notice::{Notice, NoticeKind};
 
 /// One of the spellings; every one is read by the same rules.
 pub(super) struct Diffusers {
@@ -170,6 +171,12 @@ impl Writer for Diffusers {
             ..Written::default()
         };
         (self.write)(draft, &mut written);
+        if draft.modules.iter().any(|named| named.component.is_none()) {
+            let text = "the names do not say which part of a pipeline they are of, as in files of \
+                        `save_lora_adapter`; pipelines load nothing of them, --component NAME says it";
+            let notice = Notice::new(NoticeKind::LoadedByFew, text);
+            written.notices.push(notice);
+        }
         written.lose_rest(draft);
         Ok(written)
     }
@@ -180,11 +187,8 @@ fn part(draft: &Draft<'_>, named: &Named) -> String {
     if PARTS.contains(&named.prefix.as_str()) {
         return named.prefix.clone();
     }
-    let unet = draft
-        .family
-        .is_some_and(|family| family.starts_with("sd") && family != "sd3");
     match named.component.map(|component| component.dotted) {
-        Some(["unet.", ..]) => if unet { "unet." } else { "transformer." }.to_owned(),
+        Some(["unet.", ..]) => draft.denoiser.unwrap_or("transformer.").to_owned(),
         // The second encoder of FLUX is what others call the third.
         Some(["text_encoder_3.", ..]) if draft.family == Some("flux1") => {
             "text_encoder_2.".to_owned()
@@ -196,23 +200,22 @@ fn part(draft: &Draft<'_>, named: &Named) -> String {
 
 /// PEFT's names, and its configuration by part in the metadata.
 fn with_metadata(draft: &Draft<'_>, written: &mut Written) {
-    let (embeddings, modules): (Vec<&Named>, Vec<&Named>) = draft
-        .modules
-        .iter()
-        .partition(|named| named.module.layer == Layer::Embedding);
-    for named in embeddings {
-        written.lose(&*named.module.path, "an embedding");
+    // diffusers does not read factors of embeddings.
+    let is_table =
+        |named: &&Named| named.module.layer == Layer::Embedding || is_embedding(&named.path);
+    for named in draft.modules.iter().filter(is_table) {
+        written.lose(&*named.module.path, "LoRA on an embedding");
     }
-    let mut parts: Vec<String> = modules.iter().map(|named| part(draft, named)).collect();
+    let modules = || draft.modules.iter().filter(|named| !is_table(named));
+    let mut parts: Vec<String> = modules().map(|named| part(draft, named)).collect();
     parts.sort();
     parts.dedup();
     let mut all = serde_json::Map::new();
     for part_name in parts {
         let own = Draft {
-            modules: modules
-                .iter()
+            modules: modules()
                 .filter(|named| part(draft, named) == part_name)
-                .map(|named| (*named).clone())
+                .cloned()
                 .collect(),
             ..*draft
         };

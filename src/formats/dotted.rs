@@ -1,18 +1,23 @@
-//! Dotted names with the tails of LoRA in any of their spellings: ComfyUI's own, ai-toolkit, OMI.
+//! Dotted names with the tails of LoRA in any of their spellings: ComfyUI's own, ai-toolkit, OMI, OneTrainer's
+//! original names.
 //!
-//! Sources: `comfyanonymous/ComfyUI`, `comfy/lora.py`, `comfy/weight_adapter/` (names and tails);
-//! `ostris/ai-toolkit`, `toolkit/network_mixins.py`; `Nerogar/OneTrainer`,
-//! `modules/util/convert/lora/` (OMI: a fused layer is trained in parts, which are numbered).
+//! Sources: `comfyanonymous/ComfyUI`, `comfy/lora.py`, `comfy/lora_convert.py`, `comfy/weight_adapter/` (names and
+//! tails); `ostris/ai-toolkit` 27a03a91, `toolkit/lora_special.py`, `toolkit/network_mixins.py` and
+//! `convert_lora_weights_before_save` of its models; `invoke-ai/InvokeAI`,
+//! `invokeai/backend/model_manager/omi/vendor/convert/lora/` (OMI: a fused layer is trained in parts, which are
+//! numbered); `Nerogar/OneTrainer` 23df3832, `modules/util/convert_lora_util.py`.
 
-use super::draft::{Draft, Named, Writer, Written};
+use super::draft::{Draft, Loss, Named, Writer, Written, scaled, sizes};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary, diffusers, kohya};
 use crate::adapter::Adapter;
 use crate::error::Result;
+use crate::methods::{lora, replaced};
+use crate::naming::component::Component;
 use crate::naming::families::{self, Layout, Side};
 use crate::naming::path::{number, without_wrappers};
-use crate::naming::{Spelling, component};
+use crate::naming::{Attention, Rows, Spelling, component};
 
 /// One of the formats.
 pub(super) struct Dotted {
@@ -20,16 +25,11 @@ pub(super) struct Dotted {
     name: &'static str,
     recognises: fn(&Found) -> bool,
     parse: fn(&str) -> Option<(String, Piece)>,
-    written: Option<Tails>,
-}
-
-/// What a format writes behind a path.
-#[derive(Clone, Copy)]
-enum Tails {
-    /// Those of kohya.
-    Kohya,
-    /// Those of PEFT, without an alpha; and the metadata that say which tool it was.
-    Peft { software: &'static str },
+    /// The names of layers that it writes.
+    layout: fn(Option<&str>) -> Option<Layout>,
+    write: fn(&Draft<'_>, &Named, &mut Written),
+    /// What its metadata say besides the format.
+    metadata: &'static [(&'static str, &'static str)],
 }
 
 /// The names of the original model behind `diffusion_model.`, those of text encoders behind
@@ -44,7 +44,9 @@ pub(super) static COMFYUI: Dotted = Dotted {
         })
     },
     parse,
-    written: Some(Tails::Kohya),
+    layout: |_| Some(Layout::Original),
+    write: comfyui,
+    metadata: &[],
 };
 
 /// The same names, or those of diffusers, as the metadata `software` says.
@@ -61,10 +63,20 @@ pub(super) static AI_TOOLKIT: Dotted = Dotted {
                 .any(|name| is_dotted(name) && parse(name).is_some())
     },
     parse,
-    written: Some(Tails::Peft {
-        software: r#"{"name": "ai-toolkit"}"#,
-    }),
+    layout: |family| {
+        ORIGINAL_OF_AI_TOOLKIT
+            .contains(&family?)
+            .then_some(Layout::Original)
+    },
+    write: ai_toolkit,
+    metadata: &[("software", r#"{"name": "ai-toolkit"}"#)],
 };
+
+/// Families whose models ai-toolkit trains or writes under their original names; all others have those of diffusers.
+const ORIGINAL_OF_AI_TOOLKIT: &[&str] = &["flux2", "wan", "anima"];
+
+/// Families of which it writes `diffusion_model.` before names; before all others `transformer.`.
+const PREFIXED_FOR_COMFYUI: &[&str] = &["flux2", "wan", "anima", "qwen-image", "z-image"];
 
 /// OMI's names: the original model's, with the parts of fused layers numbered.
 pub(super) static OMI: Dotted = Dotted {
@@ -76,7 +88,27 @@ pub(super) static OMI: Dotted = Dotted {
         })
     },
     parse: |name| parse(name).map(|(path, piece)| (of_parts(path), piece)),
-    written: None, // the parts of fused layers are numbered
+    layout: |_| None,
+    write: omi,
+    metadata: &[],
+};
+
+/// The original names of a denoiser without anything before them.
+pub(super) static ORIGINAL: Dotted = Dotted {
+    id: "onetrainer-original",
+    name: "OneTrainer (original names)",
+    recognises: |found| {
+        found.names().any(|name| {
+            let path = parse(name)
+                .filter(|_| name.contains(".lora_") && name.ends_with(".weight"))
+                .map(|parsed| parsed.0);
+            path.is_some_and(|path| is_original(&path))
+        })
+    },
+    parse,
+    layout: |_| Some(Layout::Original),
+    write: original,
+    metadata: &[],
 };
 
 /// How paths start that no other format has.
@@ -87,6 +119,8 @@ const OMI_STARTS: &[&str] = &[
     "transformer.double_blocks.",
     "transformer.single_blocks.",
     "transformer.joint_blocks.",
+    "transformer.img_in.proj.",
+    "transformer.final_layer.",
     "unet.input_blocks.",
     "unet.middle_block.",
     "unet.output_blocks.",
@@ -106,7 +140,7 @@ impl Format for Dotted {
     }
 
     fn writer(&self) -> Option<&dyn Writer> {
-        self.written.map(|_| self as &dyn Writer)
+        Some(self)
     }
 
     fn read(&self, found: &Found, _options: &ReadOptions) -> Result<Adapter> {
@@ -127,11 +161,10 @@ impl Format for Dotted {
 }
 
 impl Writer for Dotted {
-    fn layout(&self, _family: Option<&str>) -> Option<Layout> {
-        Some(Layout::Original)
+    fn layout(&self, family: Option<&str>) -> Option<Layout> {
+        (self.layout)(family)
     }
 
-    /// ComfyUI reads kohya's tails behind its own names; ai-toolkit writes those of PEFT and has no alpha.
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
         let mut written = Written {
             name: "adapter.safetensors",
@@ -139,47 +172,172 @@ impl Writer for Dotted {
             ..Written::default()
         };
         for named in &draft.modules {
-            if !draft.names_part(named) {
-                written.lose_unnamed(named);
-                continue;
-            }
-            let owner = format!("{}{}", prefix(named), named.path);
-            let key = |tail: &str| format!("{owner}.{tail}");
-            if let Some(Tails::Kohya) = self.written {
-                kohya::suffixed(draft, named, &mut written, key);
-            } else if let Some(mut factors) = written.two_factors(named) {
-                let by = factors.scale.value;
-                written.fold(draft, named, &mut factors, by);
-                written.put(draft, key("lora_A.weight"), &factors.down);
-                written.put(draft, key("lora_B.weight"), &factors.up);
-            }
+            (self.write)(draft, named, &mut written);
         }
-        if let Some(Tails::Peft { software }) = self.written {
-            let software = software.to_owned();
-            written.metadata.push(("software".to_owned(), software));
-        }
+        let more = self.metadata.iter();
+        let more = more.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        written.metadata.extend(more);
         written.lose_rest(draft);
         Ok(written)
     }
 }
 
-/// What stands before a path: the denoiser where nothing else is named.
-fn prefix(named: &Named) -> &'static str {
-    let text = named.component.filter(|component| component.is_text);
-    let Some(component) = text else {
-        return "diffusion_model.";
+/// Kohya's tails behind its own names, and those that only ComfyUI has.
+fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
+    let Some(component) = named.component else {
+        return written.lose_unnamed(named);
     };
-    let is_t5 = named.path.starts_with("encoder.block.");
-    let all = component.dotted.iter();
-    match all
-        .copied()
-        .find(|prefix| prefix.starts_with("text_encoders."))
-    {
-        _ if is_t5 => "text_encoders.t5xxl.transformer.",
+    let owner = format!("{}{}", of_comfyui(component, &named.path), named.path);
+    let key = |tail: &str| format!("{owner}.{tail}");
+    let module = &named.module;
+    if let Some(value) = module.get(replaced::VALUE) {
+        // The norms of FLUX are called `scale`, and only weights are found without their own name.
+        let parameter = match NORMS.iter().any(|norm| named.path.ends_with(norm)) {
+            true => "scale.set_weight",
+            false => "set_weight",
+        };
+        return written.put(draft, key(parameter), value);
+    }
+    let mut paddings = draft.adapter.paddings.iter();
+    if let Some(padding) = paddings.find(|padding| padding.path == module.path) {
+        let shape = sizes(&padding.tensor, &padding.shape);
+        written.put_as_is(key("reshape_weight"), &shape);
+        written.widened.insert(padding.path.clone());
+    }
+    let Some(bias) = module.get(lora::BIAS) else {
+        return kohya::suffixed(draft, named, written, key);
+    };
+    // The scale of factors is not that of differences.
+    let mut rest = named.clone();
+    rest.module
+        .parameters
+        .retain(|(role, _)| *role != lora::BIAS);
+    kohya::suffixed(draft, &rest, written, key);
+    let by = module.scale.value;
+    if by != 1.0 {
+        written.folded.push(Loss {
+            item: module.path.clone(),
+            text: format!("the scale {by} is multiplied into the difference of the bias"),
+        });
+    }
+    written.put(draft, key("diff_b"), &scaled(bias, by, draft.dtype));
+}
+
+/// Norms whose weight has a name of its own in the original FLUX.
+const NORMS: &[&str] = &[".query_norm", ".key_norm"];
+
+/// What stands before a path: the denoiser or a text encoder.
+fn of_comfyui(component: &Component, path: &str) -> &'static str {
+    let theirs = |prefix: &&&str| prefix.starts_with("text_encoders.");
+    match component.dotted.iter().find(theirs) {
+        _ if !component.is_text => "diffusion_model.",
+        _ if path.starts_with("encoder.block.") => "text_encoders.t5xxl.transformer.",
         Some(prefix) => prefix,
         None => "text_encoders.clip_l.transformer.",
     }
 }
+
+/// Kohya's names for UNets; for others PEFT's tails without an alpha, behind `transformer.` or, where it has ComfyUI
+/// in mind, `diffusion_model.`.
+fn ai_toolkit(draft: &Draft<'_>, named: &Named, written: &mut Written) {
+    let Some(component) = named.component else {
+        return written.lose_unnamed(named);
+    };
+    if draft.denoiser == Some("unet.") {
+        return kohya::module(draft, named, written);
+    }
+    let prefix = match (component.is_text, draft.family) {
+        (true, _) if component.flattened.contains(&"lora_te1_") => "lora_te1.",
+        (true, _) => "lora_te2.",
+        (false, Some(family)) if PREFIXED_FOR_COMFYUI.contains(&family) => "diffusion_model.",
+        (false, _) => "transformer.",
+    };
+    let owner = format!("{prefix}{}", named.path);
+    let Some(mut factors) = written.two_factors(named) else {
+        return;
+    };
+    let by = factors.scale.value;
+    written.fold(draft, named, &mut factors, by);
+    written.put(draft, format!("{owner}.lora_A.weight"), &factors.down);
+    written.put(draft, format!("{owner}.lora_B.weight"), &factors.up);
+}
+
+/// Parts of fused layers by their number; everything else under its original name, with kohya's tails.
+fn omi(draft: &Draft<'_>, named: &Named, written: &mut Written) {
+    let Some(component) = named.component else {
+        return written.lose_unnamed(named);
+    };
+    let mut named = named.clone();
+    let prefix = match component.dotted {
+        _ if !component.is_text => {
+            let found = families::find(&named.path, false);
+            let of_family = |found: &&families::Match| {
+                found.side == Side::Hub && Some(found.family.name) == draft.family
+            };
+            let Some(found) = found.iter().find(of_family) else {
+                let text = "no original name is known for it";
+                return written.lose(&*named.module.path, text);
+            };
+            let parts = found.siblings();
+            named.path = match parts.iter().position(|part| part.row.hub == found.row.hub) {
+                Some(number) if parts.len() > 1 => {
+                    format!("{}.{number}", found.name(Side::Other))
+                }
+                _ => found.name(Side::Other),
+            };
+            if named.path == FIRST {
+                named.path = FIRST_OF_OMI.to_owned();
+            }
+            if found.row.rows == Rows::Swapped {
+                let outputs = named.module.method.extent(&named.module).outputs;
+                let rows =
+                    outputs.and_then(|all| Rows::Swapped.ranges(all, 0, Attention::default()));
+                match named.module.outputs(&rows.unwrap_or_default()) {
+                    Ok(swapped) => named.module = swapped,
+                    Err(error) => return written.lose(&*named.module.path, error.to_string()),
+                }
+            }
+            draft.denoiser.unwrap_or("transformer.")
+        }
+        _ if named.path.starts_with("encoder.block.") => "t5.",
+        all => all
+            .iter()
+            .find(|prefix| OMI_STARTS.contains(prefix))
+            .unwrap_or(&"clip_l."),
+    };
+    let owner = format!("{prefix}{}", named.path);
+    kohya::suffixed(draft, &named, written, |tail| format!("{owner}.{tail}"));
+}
+
+/// Whether a path is a layer of a denoiser under its original name.
+fn is_original(path: &str) -> bool {
+    let found = families::find(path, false);
+    let mut found = found.iter();
+    found.any(|found| found.side == Side::Other && found.family.part().is_some())
+}
+
+/// The tails of PEFT beside an alpha. Files of these names hold the denoiser alone, and nothing else tells them.
+fn original(draft: &Draft<'_>, named: &Named, written: &mut Written) {
+    if named.component.is_none_or(|component| component.is_text) {
+        return written.lose_unnamed(named);
+    }
+    if !is_original(&named.path) {
+        return written.lose(&*named.module.path, "no original name is known for it");
+    }
+    let key = |tail: &str| {
+        let tail = match tail {
+            "lora_down.weight" => "lora_A.weight",
+            "lora_up.weight" => "lora_B.weight",
+            tail => tail,
+        };
+        format!("{}.{tail}", named.path)
+    };
+    kohya::suffixed(draft, named, written, key);
+}
+
+/// FLUX's first layer, and what OMI calls it.
+const FIRST: &str = "img_in";
+const FIRST_OF_OMI: &str = "img_in.proj";
 
 /// Tails that neither diffusers nor kohya has.
 const TAILS: &[(&str, Piece)] = &[
@@ -193,6 +351,8 @@ fn parse(name: &str) -> Option<(String, Piece)> {
     diffusers::parse(name).or_else(|| {
         let ends = |(tail, piece): &(&str, Piece)| Some((name.strip_suffix(tail)?, *piece));
         let (path, piece) = TAILS.iter().find_map(ends).or_else(|| of_kohya(name))?;
+        let is_norm = |path: &&str| NORMS.iter().any(|norm| path.ends_with(norm));
+        let path = path.strip_suffix(".scale").filter(is_norm).unwrap_or(path);
         (!path.is_empty()).then(|| (without_wrappers(path), piece))
     })
 }
@@ -225,7 +385,7 @@ fn of_parts(path: String) -> String {
     });
     match (part, parts.path) {
         (Some(part), _) => format!("{}{part}", parts.prefix),
-        (None, "img_in.proj") => format!("{}img_in", parts.prefix),
+        (None, FIRST_OF_OMI) => format!("{}{FIRST}", parts.prefix),
         (None, _) => path,
     }
 }

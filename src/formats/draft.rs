@@ -1,5 +1,6 @@
 //! What a format is given to write, and what it makes of it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::peft::write::most_common;
@@ -9,9 +10,10 @@ use crate::containers::archive::Assemble;
 use crate::error::Result;
 use crate::methods::{dora, lora};
 use crate::naming::component::Component;
-use crate::naming::families::{FAMILIES, Family, Layout};
+use crate::naming::families::Layout;
 use crate::naming::{Attention, path};
-use crate::tensor::{Float, Tensor, narrow, widen};
+use crate::notice::Notice;
+use crate::tensor::{DType, Float, Tensor, narrow, widen};
 
 /// A power of a format: writing.
 pub trait Writer: Sync {
@@ -35,28 +37,21 @@ pub struct Draft<'a> {
     pub dtype: Option<Float>,
     /// The family of the denoiser, where there is one.
     pub family: Option<&'static str>,
+    /// What diffusers calls the denoiser (`unet.`, `transformer.`), where a family tells it.
+    pub denoiser: Option<&'static str>,
     /// What stands before flattened names instead of the usual.
     pub prefix: Option<&'a str>,
     /// The heads of the model, as far as they are known.
     pub attention: Attention,
 }
 
-impl Draft<'_> {
-    /// Whether it is known which part of a pipeline a module is of: its name says so, or its family, of
-    /// which bare names are those of the denoiser.
-    pub(super) fn names_part(&self, named: &Named) -> bool {
-        let of_pipeline = |family: &&Family| family.layout == Layout::Original;
-        let mut families = FAMILIES.iter().filter(of_pipeline);
-        named.component.is_some() || families.any(|family| Some(family.name) == self.family)
-    }
-}
-
 /// A module with its dotted path within its part.
 #[derive(Clone, Debug)]
 pub struct Named {
-    /// The part of the pipeline, where the source named one.
+    /// The part of the pipeline: the source named it, or the caller, or the family, of which bare names are those
+    /// of the denoiser.
     pub component: Option<&'static Component>,
-    /// What the source wrote in front, where it was dotted.
+    /// What the source wrote in front, where it was dotted, or the caller or diffusers for bare names.
     pub prefix: String,
     /// The dotted path.
     pub path: String,
@@ -92,6 +87,10 @@ pub struct Written {
     pub losses: Vec<Loss>,
     /// What was multiplied into the factors, and whether that rounds.
     pub folded: Vec<Loss>,
+    /// Modules whose weights are said to be widened.
+    pub widened: BTreeSet<String>,
+    /// What is odd about the result.
+    pub notices: Vec<Notice>,
 }
 
 /// A part of an adapter, and what becomes of it.
@@ -131,7 +130,9 @@ impl Written {
     /// Notes weights that are widened as lost.
     pub(super) fn lose_paddings(&mut self, draft: &Draft<'_>) {
         for padding in &draft.adapter.paddings {
-            self.lose(&*padding.path, "a weight that is widened with zeros");
+            if !self.widened.contains(&padding.path) {
+                self.lose(&*padding.path, "a weight that is widened with zeros");
+            }
         }
     }
 
@@ -185,6 +186,10 @@ impl Written {
     /// otherwise.
     pub(super) fn two_factors(&mut self, named: &Named) -> Option<LowRank> {
         let factors = self.low_rank(named, false)?;
+        if named.module.layer == Layer::Embedding {
+            self.lose(&*named.module.path, "LoRA on an embedding");
+            return None;
+        }
         if factors.mid.is_some() || factors.bias.is_some() {
             self.lose(&*named.module.path, "a Tucker core or a trained bias");
             return None;
@@ -417,11 +422,33 @@ fn defined(module: &Module, role: Role) -> Option<Tensor> {
     })
 }
 
-/// Whether a path is that of an embedding: names alone tell, for the factors of a square weight do not.
+/// What models call their `nn.Embedding`s. Layers of image models that are called `x_embedder` or
+/// `patch_embed` are linear.
+///
+/// Source: `huggingface/transformers` 5.23.0, `models/*/modeling_*.py`: names that are an `nn.Embedding` in several
+/// models and a linear layer in none.
+const EMBEDDINGS: &[&str] = &[
+    "embed_tokens",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "position_embedding",
+    "shared",
+    "token_embedding",
+    "wte",
+    "wpe",
+    "embed_positions",
+    "tok_embeddings",
+    "embed_in",
+    "embed_audio_tokens",
+    "embeddings",
+    "embedding",
+];
+
+/// Whether a path is that of an embedding, where the module does not say it: names alone tell, for the factors of a
+/// square weight do not.
 pub(super) fn is_embedding(module: &str) -> bool {
-    let leaf = path::leaf(module);
-    // `x_embedder` and the like are linear layers.
-    leaf.contains("embed") && !leaf.contains("embedder") || leaf == "wte" || leaf == "wpe"
+    EMBEDDINGS.contains(&path::leaf(module))
 }
 
 /// A matrix with its axes exchanged.
@@ -494,6 +521,16 @@ pub(super) fn number(like: &Tensor, value: f64) -> Tensor {
         Vec::new(),
         Arc::new(move || Ok(bytes.clone())),
     )
+}
+
+/// A shape as a tensor.
+pub(super) fn sizes(like: &Tensor, shape: &[usize]) -> Tensor {
+    let bytes: Vec<u8> = shape
+        .iter()
+        .flat_map(|size| (*size as i64).to_le_bytes())
+        .collect();
+    let made = move || Ok(bytes.clone());
+    like.derived(DType::I64, vec![shape.len()], Arc::new(made))
 }
 
 fn renamed(tensor: &Tensor, name: String) -> Tensor {

@@ -99,12 +99,7 @@ impl Writer for Kohya {
             ..Written::default()
         };
         for named in &draft.modules {
-            let Some(prefix) = prefix(draft, named) else {
-                written.lose_unnamed(named);
-                continue;
-            };
-            let owner = format!("{prefix}{}", named.path.replace('.', "_"));
-            suffixed(draft, named, &mut written, |end| format!("{owner}.{end}"));
+            module(draft, named, &mut written);
         }
         written.lose_rest(draft);
         written.metadata = metadata(draft, &written);
@@ -113,15 +108,21 @@ impl Writer for Kohya {
     }
 }
 
+/// A module under its flattened name.
+pub(super) fn module(draft: &Draft<'_>, named: &Named, written: &mut Written) {
+    let Some(prefix) = prefix(draft, named) else {
+        return written.lose_unnamed(named);
+    };
+    let owner = format!("{prefix}{}", named.path.replace('.', "_"));
+    suffixed(draft, named, written, |end| format!("{owner}.{end}"));
+}
+
 /// What stands before the flattened path.
 fn prefix<'a>(draft: &Draft<'a>, named: &Named) -> Option<&'a str> {
     if let Some(prefix) = draft.prefix {
         return Some(prefix);
     }
-    let Some(component) = named.component else {
-        // Bare names of a known family are those of its denoiser.
-        return draft.names_part(named).then_some("lora_unet_");
-    };
+    let component = named.component?;
     let single = draft.family.is_none_or(|family| family == "sd1");
     Some(match component.flattened {
         ["lora_te_", ..] if single => "lora_te_",

@@ -125,6 +125,11 @@ impl Writer for Mlx {
                 written.lose(item, "a mixture of LoRA and DoRA in one configuration");
                 continue;
             }
+            // Those of MLX are norms of the vectors of tokens (mlx-lm, `tuner/dora.py`).
+            if factors.magnitude.is_some() && named.module.layer == Layer::Embedding {
+                written.lose(item, "DoRA of an embedding with norms per feature");
+                continue;
+            }
             // MLX gives all layers one rank; a smaller one is not loaded.
             if rank.is_some_and(|rank| rank != factors.rank()) {
                 written.lose(item, "another rank than that of the first module");

@@ -83,6 +83,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &dotted::OMI,
     &diffusers::NEW,
     &bfl::Bfl,
+    &dotted::ORIGINAL,
     &litgpt::Litgpt,
     &loralib::Loralib,
     &textual_inversion::TextualInversion,
@@ -199,7 +200,7 @@ impl Found {
     }
 
     /// Whether the names and metadata of the file are those of an adapter, whatever lies beside it.
-    pub(crate) fn is_adapter_alone(mut self) -> bool {
+    pub(crate) fn spells_an_adapter(mut self) -> bool {
         (self.config, self.settings) = (None, Vec::new());
         self.format().is_some()
     }

@@ -57,28 +57,20 @@ impl Writer for OneTrainer {
             metadata: vec![("format".to_owned(), "pt".to_owned())],
             ..Written::default()
         };
-        let unet = matches!(draft.family, Some("sd1" | "sdxl"));
         for named in &draft.modules {
-            if !draft.names_part(named) {
+            let Some(component) = named.component else {
                 written.lose_unnamed(named);
                 continue;
-            }
-            let prefix = match named.component.filter(|component| component.is_text) {
-                None if unet => "lora_unet_",
-                None => "lora_transformer_",
+            };
+            let prefix = match component.flattened {
+                _ if !component.is_text => match draft.denoiser {
+                    Some("unet.") => "lora_unet_",
+                    _ => "lora_transformer_",
+                },
                 // The second encoder of FLUX is T5, which others call the third.
-                Some(component)
-                    if component.flattened == ["lora_te3_"] && draft.family == Some("flux1") =>
-                {
-                    "lora_te2_"
-                }
-                Some(component)
-                    if draft.family != Some("sd1")
-                        && component.flattened.contains(&"lora_te1_") =>
-                {
-                    "lora_te1_"
-                }
-                Some(component) => component.flattened.first().copied().unwrap_or("lora_te_"),
+                ["lora_te3_"] if draft.family == Some("flux1") => "lora_te2_",
+                all if draft.family != Some("sd1") && all.contains(&"lora_te1_") => "lora_te1_",
+                all => all.first().copied().unwrap_or("lora_te_"),
             };
             let owner = format!("{prefix}{}", named.path.replace('.', "_"));
             kohya::suffixed(draft, named, &mut written, |tail| format!("{owner}.{tail}"));

@@ -29,6 +29,7 @@ pub static COMPONENTS: &[Component] = &[
         dotted: &["unet.", "transformer.", "prior.", "diffusion_model."],
         flattened: &[
             "lora_unet_",
+            "lora_unet__", // Wan-Fun
             "lora_transformer_",
             "lora_prior_unet_",
             "lycoris_",
@@ -50,6 +51,7 @@ pub static COMPONENTS: &[Component] = &[
             "text_encoder.",
             "clip_l.",
             "text_encoders.clip_l.transformer.",
+            "lora_te1.",
         ],
         flattened: &["lora_te_", "lora_te1_", "lora_prior_te_"],
         roots: &[
@@ -68,6 +70,7 @@ pub static COMPONENTS: &[Component] = &[
             "text_encoder_2.",
             "clip_g.",
             "text_encoders.clip_g.transformer.",
+            "lora_te2.",
         ],
         flattened: &["lora_te2_"],
         roots: &[
@@ -128,6 +131,15 @@ pub fn split(path: &str, flattened: bool) -> InPart<'_> {
         prefix,
         path: rest,
     }
+}
+
+/// A part by what stands before its dotted paths, without the dot, and with it.
+pub fn named(name: &str) -> Option<(&'static Component, &'static str)> {
+    let is_it = |prefix: &&&'static str| prefix.strip_suffix('.') == Some(name);
+    COMPONENTS.iter().find_map(|component| {
+        let prefix = component.dotted.iter().find(is_it)?;
+        Some((component, *prefix))
+    })
 }
 
 impl<'a> InPart<'a> {
@@ -223,8 +235,10 @@ mod tests {
         let find = |path: &str| base.resolve(path, Spelling::Flattened);
         let found = find("lora_unet_down_blocks_0_attentions_0_proj_in");
         assert_eq!(found, exact("down_blocks.0.attentions.0.proj_in.weight"));
-        let found = find("lycoris_down_blocks_0_attentions_0_proj_in");
-        assert_eq!(found, exact("down_blocks.0.attentions.0.proj_in.weight"));
+        for prefix in ["lycoris_", "lora_unet__"] {
+            let found = find(&format!("{prefix}down_blocks_0_attentions_0_proj_in"));
+            assert_eq!(found, exact("down_blocks.0.attentions.0.proj_in.weight"));
+        }
         for path in [
             "lora_te_down_blocks_0_attentions_0_proj_out",
             "down_blocks_0_attentions_0_proj_in",

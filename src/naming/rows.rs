@@ -14,6 +14,15 @@ pub enum Rows {
         /// How many blocks.
         of: usize,
     },
+    /// Neighbours among `of` equal blocks (q, k, v of a model with one number of heads).
+    Blocks {
+        /// The first of them.
+        index: usize,
+        /// How many they are.
+        count: usize,
+        /// How many blocks there are.
+        of: usize,
+    },
     /// A block as tall as the tensor is wide (q, k, v of FLUX `linear1`).
     Square {
         /// Which block.
@@ -131,6 +140,11 @@ impl Rows {
             Rows::Whole | Rows::Transposed | Rows::Conv1D => Some(one(0..rows)),
             Rows::Block { index, of } => {
                 block(index, rows / of.max(1)).filter(|_| rows.is_multiple_of(of))
+            }
+            Rows::Blocks { index, count, of } => {
+                let size = rows / of.max(1);
+                let whole = size > 0 && rows.is_multiple_of(of) && index + count <= of;
+                whole.then(|| one(index * size..(index + count) * size))
             }
             Rows::Square { index } => block(index, columns),
             Rows::Rest { after } => {
@@ -267,6 +281,15 @@ mod tests {
         let none = Attention::default();
         assert_eq!(Rows::Block { index: 0, of: 3 }.ranges(10, 4, none), None);
         assert_eq!(Rows::Rest { after: 3 }.ranges(12, 4, none), None);
+        let blocks = |index, count| Rows::Blocks {
+            index,
+            count,
+            of: 5,
+        };
+        assert_eq!(blocks(0, 3).ranges(10, 4, none), Some(one(0..6)));
+        assert_eq!(blocks(4, 1).ranges(10, 4, none), Some(one(8..10)));
+        assert_eq!(blocks(4, 1).ranges(11, 4, none), None);
+        assert_eq!(blocks(4, 2).ranges(10, 4, none), None);
         assert_eq!(Rows::Pairs(Heads::Query).ranges(8, 8, none), None);
         assert_eq!(Rows::Swapped.ranges(7, 1, none), None);
         assert_eq!(Rows::Square { index: 3 }.ranges(12, 4, none), None);

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use loratool::checkpoint::Checkpoint;
 use loratool::containers::TensorFile;
-use loratool::formats::ReadOptions;
 use loratool::notice::{Notice, NoticeKind};
 use loratool::ops::check::check;
 use loratool::ops::inspect::inspect;
@@ -356,7 +355,7 @@ fn a_folder_whose_only_weights_are_factors_is_an_adapter_and_no_base() {
         let bytes = std::fs::read(loralib("lora_only.pt")).unwrap();
         let folder = room.write(&format!("{name}/{name}"), bytes);
         let folder = folder.parent().unwrap();
-        let told = inspect(folder, &ReadOptions::default()).unwrap();
+        let told = inspect(folder, &Default::default()).unwrap();
         assert_ne!(told.what, "checkpoint", "{name}");
         assert_eq!(told.format.as_deref(), Some("loralib"), "{name}");
         let refused = |base: &Path, adapter: &Path| {

@@ -37,6 +37,11 @@ const LLAMA: Model = Model {
         ("model.layers.0.mlp.down_proj", &[16, 12]),
         ("model.layers.1.self_attn.q_proj", &[16, 16]),
         ("model.layers.1.self_attn.k_proj", &[8, 16]),
+        ("model.layers.1.self_attn.v_proj", &[8, 16]),
+        ("model.layers.1.self_attn.o_proj", &[16, 16]),
+        ("model.layers.1.mlp.gate_proj", &[12, 16]),
+        ("model.layers.1.mlp.up_proj", &[12, 16]),
+        ("model.layers.1.mlp.down_proj", &[16, 12]),
     ],
 };
 
@@ -77,6 +82,7 @@ const FLUX: Model = Model {
     config: Some(r#"{"_class_name": "FluxTransformer2DModel"}"#),
     flattened: None,
     layers: &[
+        ("x_embedder", &[8, 4]),
         ("transformer_blocks.0.attn.to_q", &[8, 8]),
         ("transformer_blocks.0.attn.to_k", &[8, 8]),
         ("transformer_blocks.0.attn.to_v", &[8, 8]),
@@ -247,21 +253,31 @@ fn kohya(model: &Model, adapted: &[Adapted], dtype: Dtype, folder: &Path) -> Pat
     path
 }
 
-fn convert(from: &Path, to: &str, base: &Path, output: PathBuf) -> loratool::Result<Report> {
-    let options = Options {
-        adapter: from.to_owned(),
+/// An adapter, and the alpha that its files have no place for.
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    alpha: Option<f64>,
+}
+
+fn convert(from: &Place, to: &str, base: &Path, output: &Path) -> loratool::Result<Report> {
+    let mut options = Options {
+        adapter: from.path.clone(),
         to: to.to_owned(),
-        output,
+        output: output.to_owned(),
         base: Some(base.to_owned()),
         ..Options::default()
     };
+    options.read.alpha = from.alpha;
     convert::plan(&options)?.run(&Control::default())
 }
 
-fn merged(base: &Path, adapter: &Path) -> oracle::Tensors {
+fn merged(base: &Path, adapter: &Place, name: &str) -> oracle::Tensors {
     let room = tempfile::tempdir().unwrap();
     let output = room.path().join("merged");
-    merge(&options(base, adapter, &output)).unwrap_or_else(|e| panic!("{adapter:?}: {e:?}"));
+    let mut options = options(base, &adapter.path, &output);
+    options.read.alpha = adapter.alpha;
+    merge(&options).unwrap_or_else(|e| panic!("{name}: {e:?}"));
     oracle::read(&output.join("model.safetensors"))
 }
 
@@ -285,13 +301,17 @@ fn travels(
     path: &[&'static str],
     room: &Path,
 ) -> Vec<&'static str> {
-    let expected = merged(base, source);
-    let (mut at, mut is_folded) = (source.to_owned(), false);
+    let mut at = Place {
+        path: source.to_owned(),
+        alpha: None,
+    };
+    let expected = merged(base, &at, "the source");
+    let mut is_folded = false;
     let mut written = Vec::new();
     for (step, to) in path.iter().enumerate() {
         let name = format!("{:?}, step {step} from {at:?} to {to}", model.config);
         let output = room.join(format!("step{step}"));
-        let report = match convert(&at, to, base, output.clone()) {
+        let report = match convert(&at, to, base, &output) {
             Ok(report) => report,
             Err(error) => {
                 let kinds = [Kind::Unsupported, Kind::Unresolved];
@@ -302,9 +322,13 @@ fn travels(
         };
         written.push(*to);
         is_folded |= !report.folded.is_empty();
+        let there = Place {
+            path: output.clone(),
+            alpha: report.alpha,
+        };
         // Written, read and written again: nothing is left to change.
         let again = room.join(format!("again{step}"));
-        let report = convert(&output, to, base, again.clone())
+        let report = convert(&there, to, base, &again)
             .unwrap_or_else(|error| panic!("{name}, again: {error:?}"));
         assert!(
             report.folded.is_empty(),
@@ -324,7 +348,7 @@ fn travels(
             );
         }
         // Merging does not notice the way it came.
-        let ours = merged(base, &output);
+        let ours = merged(base, &there, &name);
         assert_eq!(ours.len(), expected.len(), "{name}");
         for (tensor, expected) in &expected {
             if !is_folded {
@@ -335,7 +359,7 @@ fn travels(
             let close = |(a, b): (&f64, &f64)| (a - b).abs() <= 3e-2 * largest;
             assert!(ours.iter().zip(&theirs).all(close), "{name}: {tensor}");
         }
-        at = output;
+        at = there;
     }
     written
 }
@@ -369,6 +393,9 @@ fn along_any_path_of_formats_every_adapter_stays_what_it_is() {
     });
 }
 
+/// Formats that hold something else than LoRA of some layers: a control adapter has all of them and norms beside.
+const NO_LAYERS: &[&str] = &["bfl", "textual-inversion"];
+
 #[test]
 fn every_format_that_is_written_is_read_as_what_was_written() {
     let mut written: BTreeMap<&str, usize> = BTreeMap::new();
@@ -392,6 +419,7 @@ fn every_format_that_is_written_is_read_as_what_was_written() {
         }
     }
     for (target, count) in written {
-        assert!(count >= 2, "{target} was written {count} times");
+        let is_other = NO_LAYERS.contains(&target);
+        assert!(is_other || count >= 2, "{target} was written {count} times");
     }
 }

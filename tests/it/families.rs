@@ -24,6 +24,9 @@ const FAMILIES: &[(&str, &str, usize)] = &[
     ("wan", "wan", 20),
     ("anima", "anima", 20),
     ("qwen-image", "qwen-image", 20),
+    ("ltx", "ltx", 20),
+    ("lumina2", "lumina2", 40),
+    ("z-image", "z-image", 40),
     ("openclip", "openclip", 15),
     ("t5", "t5", 14),
     ("llama-gguf", "llama", 17),
@@ -140,6 +143,7 @@ fn every_family_places_layers_as_the_peers_converters_do() {
             };
             let height = match rows {
                 Rows::Block { of, .. } => shape[0] * of,
+                Rows::Blocks { count, of, .. } => shape[0] * of / count,
                 Rows::Square { .. } => 7 * shape[1],
                 Rows::Rest { after } => shape[0] + after * shape[1],
                 _ => shape[0],

@@ -12,6 +12,7 @@ mod conversions;
 mod convert;
 mod definition;
 mod families;
+mod flux;
 mod fuzz;
 mod goldens;
 mod hostile_config;

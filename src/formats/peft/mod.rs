@@ -9,6 +9,7 @@ use std::path::Path;
 
 use super::blocks::block_diagonal;
 use super::draft::Writer;
+use super::pieces::{self, Pieces};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary, torchtune};
 use crate::adapter::{
@@ -17,7 +18,7 @@ use crate::adapter::{
 use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
 use crate::methods::lora;
-use crate::naming::path;
+use crate::naming::{Spelling, families, path};
 use crate::notice::{Notice, NoticeKind};
 use crate::printable::acts_on_a_terminal;
 use crate::tensor::Tensor;
@@ -54,10 +55,9 @@ impl Format for Peft {
     }
 
     fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter> {
-        let config = found
-            .config
-            .as_ref()
-            .ok_or_else(|| Error::new(Reason::NoAdapterConfig))?;
+        let Some(config) = &found.config else {
+            return without_configuration(found, options);
+        };
         let path = config.input.path();
         let settings = Settings::read(&config.object, &options.allow_unknown_config)
             .map_err(|e| e.in_file(path))?;
@@ -85,6 +85,42 @@ impl Format for Peft {
         }
         summary
     }
+}
+
+/// Factors of LoRA whose configuration was lost: the caller states alpha. Of image and video models such files are
+/// passed around as they are (fal's for FLUX.1), and diffusers and ComfyUI scale them by 1.
+fn without_configuration(found: &Found, options: &ReadOptions) -> Result<Adapter> {
+    let mut pieces = Pieces::new(Spelling::Dotted);
+    let mut of_image_model = true;
+    for tensor in &found.file.directory.tensors {
+        let path = tensor.name.strip_prefix(key::PREFIX);
+        match path.and_then(super::diffusers::parse) {
+            Some((path, piece)) => {
+                let known = families::find(&path, false);
+                of_image_model &= known.iter().any(|found| found.family.part().is_some());
+                pieces.add(path, piece, tensor);
+            }
+            None => pieces.unknown(tensor),
+        }
+    }
+    let (alpha, text) = match options.alpha {
+        None if !of_image_model => {
+            let hint =
+                "--adapter-alpha states its alpha, if it is a LoRA without rsLoRA or patterns";
+            return Err(Error::new(Reason::NoAdapterConfig).with_hint(hint));
+        }
+        None => (None, "its scale is 1, as in other files of image models"),
+        Some(_) => (Some(options.alpha()?), "alpha is what the caller states"),
+    };
+    let text = format!("there is no `adapter_config.json`: {text}");
+    pieces.notices([Notice::new(NoticeKind::ConfigMissing, text)]);
+    let facts = pieces::facts("PEFT", Peft.summary(found));
+    pieces.finish(found, facts, |_| {
+        Ok(pieces::Told {
+            alpha,
+            ..pieces::Told::default()
+        })
+    })
 }
 
 /// What a configuration of LoRA says where it stands alone, in the metadata of diffusers.

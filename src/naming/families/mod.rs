@@ -19,6 +19,8 @@ mod gpt2_gguf;
 mod hunyuan_video;
 mod litgpt;
 mod llama_gguf;
+mod ltx;
+mod lumina;
 mod neox_gguf;
 mod openclip;
 mod qwen_image;
@@ -68,6 +70,19 @@ pub struct Family {
     pub rows: fn() -> Vec<Row>,
 }
 
+impl Family {
+    /// What stands before its layers in diffusers; nothing for text encoders and language models.
+    pub fn part(&self) -> Option<&'static str> {
+        if self.is_text || self.layout != Layout::Original {
+            return None;
+        }
+        Some(match self.name {
+            "sd1" | "sdxl" => "unet.",
+            _ => "transformer.",
+        })
+    }
+}
+
 /// A layer under both names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -101,6 +116,9 @@ pub static FAMILIES: &[Family] = &[
     hunyuan_video::HUNYUAN_VIDEO,
     qwen_image::QWEN_IMAGE,
     anima::ANIMA,
+    ltx::LTX,
+    lumina::LUMINA2,
+    lumina::Z_IMAGE,
     llama_gguf::LLAMA_GGUF,
     llama_gguf::QWEN2_GGUF,
     llama_gguf::QWEN3_GGUF,
@@ -480,14 +498,14 @@ mod tests {
                 let parts = rows.iter().filter(|row| row.other == first.other);
                 let mut covered: Vec<usize> = match first.rows {
                     Rows::Expert { .. } => continue,
-                    // Tall enough for three blocks as tall as it is wide and a rest, also of halves.
+                    // Tall enough for three blocks as tall as it is wide and a rest, also of halves and fifths.
                     _ => parts
-                        .flat_map(|row| row.rows.ranges(96, 16, attention).expect("it divides"))
+                        .flat_map(|row| row.rows.ranges(480, 16, attention).expect("it divides"))
                         .flatten()
                         .collect(),
                 };
                 covered.sort_unstable();
-                let all: Vec<usize> = (0..96).collect();
+                let all: Vec<usize> = (0..480).collect();
                 assert_eq!(covered, all, "{}: {}", family.name, first.other);
             }
         }

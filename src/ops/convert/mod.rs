@@ -14,7 +14,8 @@ use crate::containers::{Entry, Header, TensorFile, safetensors};
 use crate::error::{Error, Reason, Result};
 use crate::formats::{CONFIG, Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
 use crate::naming::families::Layout;
-use crate::notice::Notice;
+use crate::naming::{Resolution, Resolver, Rows};
+use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Choice;
 use crate::tensor::{DType, Float, Tensor};
 
@@ -35,6 +36,8 @@ pub struct Options {
     pub family: Option<String>,
     /// Writes what can be said and leaves out the rest.
     pub allow_losses: bool,
+    /// The part of a pipeline (`unet`, `text_encoder`) that names are of which do not say it.
+    pub component: Option<String>,
     /// The type of the factors; their own if absent.
     pub dtype: Option<Float>,
     /// What stands before flattened names (`lycoris_`).
@@ -142,6 +145,9 @@ pub fn plan(options: &Options) -> Result<Plan> {
     let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
     select(&mut adapter, options)?;
     let (mut written, family) = write(&adapter, target, base.as_ref(), options)?;
+    if let Some(base) = &base {
+        forgive_copies(&adapter, base, &mut written)?;
+    }
     // As safetensors lays them out: the widest types first, so that all of them are aligned.
     written.tensors.sort_by(|a, b| {
         b.dtype
@@ -198,7 +204,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         losses: written.losses.clone(),
         folded: written.folded.clone(),
         alpha: written.alpha,
-        notices: adapter.notices.clone(),
+        notices: [&*adapter.notices, &written.notices].concat(),
     };
     let plan = Plan {
         options: options.clone(),
@@ -248,15 +254,53 @@ fn write(
         Some(Names::Original) => Some(Layout::Original),
         None => writer.layout(family),
     };
+    let denoiser = names::denoiser(adapter, family);
+    let part = names::part(adapter, options.component.as_deref(), denoiser)?;
+    let renamed = names::renamed(adapter, layout, family, part, base)?;
     let draft = Draft {
-        modules: names::renamed(adapter, layout, family, base)?,
+        modules: renamed.modules,
         adapter,
         dtype: options.dtype,
         family,
+        denoiser,
         prefix: options.prefix.as_deref(),
         attention: names::heads(adapter, base),
     };
-    Ok((writer.write(&draft)?, family))
+    let mut written = writer.write(&draft)?;
+    written.folded.splice(0..0, renamed.folded);
+    Ok((written, family))
+}
+
+/// Takes copies of the base's own weights from what cannot be said: PEFT writes them beside new tokens.
+fn forgive_copies(adapter: &Adapter, base: &Checkpoint, written: &mut Written) -> Result<()> {
+    let resolver = Resolver::new(base.tensors().map(|tensor| tensor.name.clone()));
+    let mut copies = Vec::new();
+    for replacement in &adapter.replacements {
+        let name = &*replacement.name;
+        if !written.losses.iter().any(|loss| loss.item == name) {
+            continue;
+        }
+        let (path, parameter) = name.rsplit_once('.').unwrap_or(("", name));
+        let places = match resolver.resolve_parameter(path, parameter) {
+            Resolution::Exact(places) | Resolution::Renamed(places) => places,
+            _ => continue,
+        };
+        let own = match places.as_slice() {
+            [place] if place.rows == Rows::Whole => base.tensor(&place.tensor),
+            _ => None,
+        };
+        if let Some(own) = own.filter(|own| Float::of(own.dtype).is_some())
+            && own.equals(&replacement.tensor)?
+        {
+            copies.push(name);
+        }
+    }
+    written.losses.retain(|loss| !copies.contains(&&*loss.item));
+    written.notices.extend(copies.into_iter().map(|name| {
+        let text = "a copy of the base's own weight, which is left out";
+        Notice::new(NoticeKind::BaseCopy, text).on(name)
+    }));
+    Ok(())
 }
 
 fn select(adapter: &mut Adapter, options: &Options) -> Result<()> {

@@ -1,15 +1,15 @@
 //! The names of the target: the hub's, or another layout's, looked up in the families or in a base.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
 use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
-use crate::formats::Named;
-use crate::naming::component::{InPart, split};
+use crate::formats::{Loss, Named};
+use crate::naming::component::{self, Component, InPart, split};
 use crate::naming::families::{FAMILIES, Family, Layout, Match, Side, find};
-use crate::naming::{Attention, Resolution, Resolver, Rows, Spelling};
+use crate::naming::{Attention, Place, Resolution, Resolver, Rows, Spelling};
 use crate::ops::merge::{architecture, attention};
 
 /// The family of the denoiser (or of the only model): the one that is named, or the only one that knows
@@ -87,6 +87,65 @@ pub(super) fn family(
     })
 }
 
+/// What diffusers calls the denoiser: its family says it, or all families that know one of its modules agree.
+pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'static str> {
+    if family.is_some() {
+        let family = FAMILIES.iter().find(|known| Some(known.name) == family);
+        return family.and_then(Family::part);
+    }
+    let mut agreed: Option<BTreeSet<&str>> = None;
+    for module in &adapter.modules {
+        let parts = split(&module.path, module.spelling == Spelling::Flattened);
+        if parts.component.is_some_and(|component| component.is_text) {
+            continue;
+        }
+        let found: BTreeSet<&str> = matches(module)
+            .iter()
+            .filter_map(|found| found.family.part())
+            .collect();
+        if !found.is_empty() {
+            agreed = Some(agreed.map_or(found.clone(), |agreed| &agreed & &found));
+        }
+    }
+    let agreed = agreed.into_iter().flatten().collect::<Vec<_>>();
+    match agreed.as_slice() {
+        [only] => Some(only),
+        _ => None,
+    }
+}
+
+/// The part that bare names are of, and what stands before them: what the caller says, or the denoiser.
+///
+/// # Errors
+/// [`Reason::BadOption`] for a name that is none, and where no name is bare.
+pub(super) fn part(
+    adapter: &Adapter,
+    stated: Option<&str>,
+    denoiser: Option<&'static str>,
+) -> Result<Option<(&'static Component, &'static str)>> {
+    let Some(stated) = stated else {
+        return Ok(denoiser.and_then(|part| component::named(part.trim_end_matches('.'))));
+    };
+    let bad = |problem: String| {
+        let text = stated.to_owned();
+        Error::new(Reason::BadOption { text, problem })
+    };
+    let part = component::named(stated).ok_or_else(|| {
+        let all = component::COMPONENTS.iter().flat_map(|part| part.dotted);
+        let all: Vec<&str> = all.map(|prefix| prefix.trim_end_matches('.')).collect();
+        bad(format!("no such part; there are {}", all.join(", ")))
+    })?;
+    let mut modules = adapter.modules.iter();
+    let is_bare = |module: &Module| {
+        let flattened = module.spelling == Spelling::Flattened;
+        split(&module.path, flattened).component.is_none()
+    };
+    match modules.any(is_bare) {
+        true => Ok(Some(part)),
+        false => Err(bad("every name says its part already".to_owned())),
+    }
+}
+
 /// The rows that count where a layer goes from one layout into another: models of llama.cpp have the same
 /// names and differ in them.
 fn moved(layout: Option<Layout>, found: &Match) -> Vec<Rows> {
@@ -121,7 +180,8 @@ fn matches(module: &Module) -> Vec<Match> {
     found
 }
 
-/// The modules under the names of a layout (the hub's if `None`), split or fused where layers are.
+/// The modules under the names of a layout (the hub's if `None`), split or fused where layers are; bare ones are
+/// of the `part`.
 ///
 /// # Errors
 /// Flattened names that no family and no base tells, names that the base does not have, fused layers whose
@@ -130,18 +190,21 @@ pub(super) fn renamed(
     adapter: &Adapter,
     layout: Option<Layout>,
     family: Option<&str>,
+    part: Option<(&'static Component, &'static str)>,
     base: Option<&Checkpoint>,
-) -> Result<Vec<Named>> {
+) -> Result<Renamed> {
     let known = Known {
         from: adapter.layout,
         attention: heads(adapter, base),
         // Repeated layers have numbers beyond the base's.
         all_layers: adapter.replication.is_empty(),
+        part,
     };
     // No table leads from one layout of language models to another: the hub's is between them.
     if layout.is_some() && adapter.layout.is_some_and(|own| Some(own) != layout) {
         let hub = in_layout(&adapter.modules, None, family, base, known)?;
         let modules: Vec<Module> = hub
+            .modules
             .into_iter()
             .map(|named| Module {
                 path: format!("{}{}", named.prefix, named.path),
@@ -152,9 +215,18 @@ pub(super) fn renamed(
             from: None,
             ..known
         };
-        return in_layout(&modules, layout, family, base, known);
+        let mut renamed = in_layout(&modules, layout, family, base, known)?;
+        renamed.folded.splice(0..0, hub.folded);
+        return Ok(renamed);
     }
     in_layout(&adapter.modules, layout, family, base, known)
+}
+
+/// Modules under the names of a layout.
+pub(super) struct Renamed {
+    pub(super) modules: Vec<Named>,
+    /// Scales that were multiplied into the factors of fused layers.
+    pub(super) folded: Vec<Loss>,
 }
 
 /// The heads of the model: those of the base, or what the adapter's files tell.
@@ -171,6 +243,8 @@ struct Known {
     attention: Attention,
     /// Whether the base has every layer that the adapter may name.
     all_layers: bool,
+    /// The part of a pipeline that bare names are of.
+    part: Option<(&'static Component, &'static str)>,
 }
 
 fn in_layout(
@@ -179,7 +253,7 @@ fn in_layout(
     family: Option<&str>,
     base: Option<&Checkpoint>,
     known: Known,
-) -> Result<Vec<Named>> {
+) -> Result<Renamed> {
     let mut renaming = Renaming {
         layout,
         family,
@@ -190,6 +264,7 @@ fn in_layout(
                 .of_architecture(architecture(base))
         }),
         done: Vec::new(),
+        folded: Vec::new(),
         waiting: Vec::new(),
         unknown: Vec::new(),
         ambiguous: Vec::new(),
@@ -222,7 +297,10 @@ fn in_layout(
     renaming.fuse()?;
     let mut done = renaming.done;
     done.sort_by_key(|(order, _)| *order);
-    Ok(done.into_iter().map(|(_, named)| named).collect())
+    Ok(Renamed {
+        modules: done.into_iter().map(|(_, named)| named).collect(),
+        folded: renaming.folded,
+    })
 }
 
 /// A part of a fused layer that waits for the others.
@@ -241,6 +319,7 @@ struct Renaming<'a> {
     base: Option<&'a Checkpoint>,
     resolver: Option<Resolver>,
     done: Vec<(usize, Named)>,
+    folded: Vec<Loss>,
     waiting: Vec<Waiting>,
     unknown: Vec<String>,
     ambiguous: Vec<String>,
@@ -253,7 +332,10 @@ struct Renaming<'a> {
 impl Renaming<'_> {
     fn module(&mut self, module: &Module) -> Result<()> {
         let flattened = module.spelling == Spelling::Flattened;
-        let parts = parts_of(module);
+        let mut parts = parts_of(module);
+        if let (None, Some((component, prefix))) = (parts.component, self.known.part) {
+            (parts.component, parts.prefix) = (Some(component), prefix);
+        }
         let named = |path: String, module: Module| Named {
             component: parts.component,
             prefix: match flattened {
@@ -361,12 +443,10 @@ impl Renaming<'_> {
         named: impl Fn(String, Module) -> Named,
     ) -> Result<()> {
         let siblings = found.siblings();
+        let whole = |name: String| (order, named(name, module.clone()));
         match (layout, found.side) {
             // It has the name that is wanted.
-            (None, Side::Hub) | (Some(_), Side::Other) => {
-                self.done
-                    .push((order, named(name.to_owned(), module.clone())));
-            }
+            (None, Side::Hub) | (Some(_), Side::Other) => self.done.push(whole(name.to_owned())),
             (None, Side::Other) => {
                 let absent = |part: &Match| {
                     found.family.layout.of_language_models()
@@ -378,12 +458,17 @@ impl Renaming<'_> {
                 }
                 let parts = siblings.len();
                 for part in siblings {
-                    let rows = self.rows_of(module, part.row.rows)?;
                     let taken = match part.row.rows {
                         Rows::Whole => Some(module.clone()),
-                        // Parts that were trained apart lie block by block in one of the whole layer.
-                        _ if parts > 1 => module.method.without_zeros(module.outputs(&rows)?)?,
-                        _ => Some(module.outputs(&rows)?),
+                        _ if !module.is_along_outputs() => Some(module.clone()),
+                        rows => {
+                            let taken = module.outputs(&self.rows_of(module, rows)?)?;
+                            match parts {
+                                1 => Some(taken),
+                                // Parts that were trained apart lie block by block in one of the whole.
+                                _ => module.method.without_zeros(taken)?,
+                            }
+                        }
                     };
                     let name = part.name(Side::Hub);
                     self.done
@@ -391,11 +476,13 @@ impl Renaming<'_> {
                 }
             }
             (Some(_), Side::Hub) if found.row.rows == Rows::Whole => {
-                self.done
-                    .push((order, named(name.to_owned(), module.clone())));
+                self.done.push(whole(name.to_owned()));
             }
             (Some(_), Side::Hub) if matches!(found.row.rows, Rows::Expert { .. }) => {
                 self.experts.push(module.path.clone());
+            }
+            (Some(_), Side::Hub) if siblings.len() == 1 && !module.is_along_outputs() => {
+                self.done.push(whole(name.to_owned()));
             }
             (Some(_), Side::Hub) if siblings.len() == 1 => {
                 let rows = inverse(&self.rows_of(module, found.row.rows)?);
@@ -470,6 +557,15 @@ impl Renaming<'_> {
         }
         let mut problems = Vec::new();
         for (_, group) in groups {
+            let scale = |part: &Waiting| part.named.module.scale.value;
+            if group.iter().any(|part| scale(part) != scale(&group[0])) {
+                let text =
+                    "the scales of its parts are multiplied into the up factor and rounded once";
+                self.folded.push(Loss {
+                    item: group[0].other.clone(),
+                    text: text.to_owned(),
+                });
+            }
             match self.fused(group) {
                 Ok(done) => self.done.push(done),
                 Err(error) => problems.push(error),
@@ -489,7 +585,7 @@ impl Renaming<'_> {
             .collect();
         let inputs = first.named.module.method.extent(&first.named.module).inputs;
         let total = self.height(&first.siblings, &sizes, inputs.unwrap_or(0));
-        let total = total.or_else(|| self.height_in_base(&first.siblings));
+        let total = total.or_else(|| self.height_in_base(&first.other));
         let error = |problem: &str| {
             let problem = format!("{problem}: it would be a part of `{}`", first.other);
             first.named.module.error(Reason::FactorShape { problem })
@@ -516,6 +612,16 @@ impl Renaming<'_> {
         Ok((order, named))
     }
 
+    /// The height of a fused layer in the base, where it may lie in parts.
+    fn height_in_base(&self, path: &str) -> Option<usize> {
+        let found = self.resolver.as_ref()?.resolve(path, Spelling::InComponent);
+        let (Resolution::Exact(places) | Resolution::Renamed(places)) = found else {
+            return None;
+        };
+        let height = |place: &Place| Some(self.base?.tensor(&place.tensor)?.dimension(0));
+        places.iter().map(height).sum()
+    }
+
     /// The height of a fused layer from the parts that are there.
     fn height(&self, siblings: &[Match], sizes: &[(Rows, usize)], inputs: usize) -> Option<usize> {
         let (_, first) = sizes.first()?;
@@ -528,6 +634,12 @@ impl Renaming<'_> {
         }
         match siblings.first()? {
             Rows::Block { of, .. } => first.checked_mul(*of),
+            Rows::Blocks { of, .. } => {
+                let (Rows::Blocks { count, .. }, rows) = sizes.first()? else {
+                    return None;
+                };
+                rows.checked_mul(*of)?.checked_div(*count)
+            }
             // Blocks as tall as the layer is wide, and a rest that only the part itself tells.
             Rows::Square { .. } => {
                 let rest = sizes
@@ -540,26 +652,6 @@ impl Renaming<'_> {
             }
             _ => None,
         }
-    }
-
-    /// The height of a fused layer in the base: its own, or that of all its parts.
-    fn height_in_base(&self, siblings: &[Match]) -> Option<usize> {
-        let (base, resolver) = (self.base?, self.resolver.as_ref()?);
-        let mut total = 0usize;
-        for part in siblings {
-            match resolver.resolve(&part.name(Side::Hub), Spelling::InComponent) {
-                Resolution::Exact(places) | Resolution::Renamed(places) => {
-                    let place = places.first()?;
-                    let rows = base.tensor(&place.tensor)?.dimension(0);
-                    match place.rows {
-                        Rows::Whole => total = total.checked_add(rows)?,
-                        _ => return Some(rows),
-                    }
-                }
-                _ => return None,
-            }
-        }
-        Some(total)
     }
 }
 

@@ -52,8 +52,9 @@ impl Area {
             return Some(vec![area(0..*outer, None)]);
         }
         if place.of_module {
-            // A fused layer and its parts have the same inputs.
-            let outputs = place.rows.ranges(extent.outputs?, columns, attention)?;
+            // A bias alone does not tell the inputs; the parts of a layer have those of the whole.
+            let inputs = extent.inputs.unwrap_or(columns);
+            let outputs = place.rows.ranges(extent.outputs?, inputs, attention)?;
             return Some(vec![area(0..*outer, Some(outputs))]);
         }
         let mut output = 0;
@@ -178,7 +179,10 @@ pub(super) fn on_weight(
         && fits(extent.inputs, rows);
     let orientation = match rows_of {
         Rows::Transposed => inputs_first.then_some(Orientation::InputsFirst),
-        // What is as the hub's layer is stored would have to be transposed.
+        // What is as one of the two is stored would have to be transposed.
+        Rows::Conv1D if stores_inputs_first(base, tensor) => {
+            inputs_first.then_some(Orientation::InputsFirst)
+        }
         Rows::Conv1D => (outputs_first && !extent.as_stored).then_some(Orientation::OutputsFirst),
         _ if module.layer == Layer::Embedding => inputs_first.then_some(Orientation::InputsFirst),
         _ => match (outputs_first, inputs_first) {

@@ -323,7 +323,7 @@ fn is_checkpoint(path: &Path) -> bool {
 /// Whether what is called as weights of a model are is an adapter: `pytorch_model.lora.bin`.
 pub(crate) fn holds_an_adapter(checkpoint: &Checkpoint) -> bool {
     match checkpoint.shards.as_slice() {
-        [only] => Found::open(only.file.input.path()).is_ok_and(Found::is_adapter_alone),
+        [only] => Found::open(only.file.input.path()).is_ok_and(Found::spells_an_adapter),
         _ => false,
     }
 }
