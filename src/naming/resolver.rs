@@ -181,8 +181,8 @@ impl Resolver {
             return None;
         };
         match (places.as_slice(), rows) {
-            // Perhaps a single expert of a stack.
-            ([place], Rows::Whole) => Some(place.clone()),
+            // Perhaps a single expert of a stack; how the hub stores a Conv1D its own configuration tells.
+            ([place], Rows::Whole | Rows::Conv1D) => Some(place.clone()),
             ([place], _) if place.rows == Rows::Whole => Some(Place {
                 rows,
                 of_module: true,

@@ -485,9 +485,15 @@ impl Renaming<'_> {
                 self.done.push(whole(name.to_owned()));
             }
             (Some(_), Side::Hub) if siblings.len() == 1 => {
-                let rows = inverse(&self.rows_of(module, found.row.rows)?);
-                self.done
-                    .push((order, named(name.to_owned(), module.outputs(&rows)?)));
+                let module = match module.method.extent(module).outputs {
+                    Some(_) => {
+                        let rows = inverse(&self.rows_of(module, found.row.rows)?);
+                        module.outputs(&rows)?
+                    }
+                    // It changes inputs, which stay where they are.
+                    None => module.clone(),
+                };
+                self.done.push((order, named(name.to_owned(), module)));
             }
             (Some(_), Side::Hub) => self.waiting.push(Waiting {
                 order,
