@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use loratool::containers::TensorFile;
-use loratool::formats::ReadOptions;
+use loratool::formats::{Found, ReadOptions};
 use loratool::ops::convert::{self, Report};
 use loratool::ops::merge::{Control, Options};
+use loratool::tensor::DType;
 use loratool::{Kind, Reason};
 
-use crate::support::{fixture, merge, options};
+use crate::oracle::Stored;
+use crate::support::{fixture, merge, options, write_base};
 
 /// The numerator of every scale in these fixtures.
 const ALPHA: f64 = 6.0;
@@ -255,4 +257,292 @@ fn without_its_model_the_rows_of_torchtune_are_not_guessed() {
     let error = to(Some("llama"), "q_proj").unwrap_err();
     assert!(matches!(error.reason(), Reason::HeadsNeeded), "{error:?}");
     assert_eq!(to(Some("qwen2"), "q_proj").unwrap(), 2);
+}
+
+#[test]
+fn layers_of_a_llama_land_on_the_fused_ones_of_phi_3() {
+    let room = tempfile::tempdir().unwrap();
+    let split = fixture("formats").join(HUB);
+    let adapter = fixture("formats/gguf/llama/plain");
+    let expected = merged(&split, &adapter, ReadOptions::default());
+    let fused_of = |all: &Tensors| {
+        let mut fused = BTreeMap::new();
+        for (name, (_, values)) in all {
+            let path = name.trim_end_matches(".weight");
+            let (owner, leaf) = path.rsplit_once('.').unwrap_or(("", path));
+            let parts = match leaf {
+                "q_proj" => ("qkv_proj", &["q_proj", "k_proj", "v_proj"][..]),
+                "gate_proj" => ("gate_up_proj", &["gate_proj", "up_proj"][..]),
+                "k_proj" | "v_proj" | "up_proj" => continue,
+                _ => {
+                    fused.insert(name.clone(), values.clone());
+                    continue;
+                }
+            };
+            let values = parts
+                .1
+                .iter()
+                .flat_map(|part| &all[&format!("{owner}.{part}.weight")].1);
+            fused.insert(
+                format!("{owner}.{}.weight", parts.0),
+                values.copied().collect(),
+            );
+        }
+        fused
+    };
+    let before = tensors(&weights(&split));
+    let shape = |name: &str, count: usize| match name.contains("norm") {
+        true => vec![count],
+        false if name.contains("down_proj") => vec![count / 48, 48],
+        false => vec![count / 32, 32],
+    };
+    let stored: Vec<(String, Stored)> = fused_of(&before)
+        .into_iter()
+        .map(|(name, values)| {
+            let shape = shape(&name, values.len());
+            (name, Stored::of(DType::F32, &shape, &values))
+        })
+        .collect();
+    let stored: Vec<(&str, Stored)> = stored
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor.clone()))
+        .collect();
+    let config = serde_json::json!({
+        "model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2
+    });
+    let base = room.path().join("phi3");
+    write_base(&base, Some(&config), &stored);
+    let found = merged(&base, &adapter, ReadOptions::default());
+    let wanted = fused_of(&expected);
+    assert_eq!(found.len(), wanted.len());
+    let mut changed = 0;
+    for (name, values) in &wanted {
+        assert_eq!(&found[name].1, values, "{name}");
+        changed += usize::from(name.contains("qkv") && *values != fused_of(&before)[name]);
+    }
+    assert_eq!(changed, 2);
+}
+
+/// Converts to PEFT and from there to another format, and gives what that holds.
+fn there_and_back(from: &Path, to: &str, base: &Path) -> Tensors {
+    let room = tempfile::tempdir().unwrap();
+    let (peft, back) = (room.path().join("peft"), room.path().join("back"));
+    convert(from, "peft", base, &peft).unwrap();
+    convert(&peft, to, base, &back).unwrap();
+    tensors(&Found::open(&back).unwrap().file.input.path().to_owned())
+}
+
+#[test]
+fn the_tensors_of_every_library_come_back_from_peft_bit_for_bit() {
+    let path = |name: &str| fixture("formats").join(name);
+    let mut cases = Vec::new();
+    for name in ["default", "all", "key", "query_key"] {
+        let file = format!("litgpt/{name}/lit_model.pth.lora");
+        cases.push((
+            path(&format!("litgpt/{name}")),
+            "litgpt",
+            HUB.to_owned(),
+            path(&file),
+        ));
+    }
+    for name in ["lora", "dora"] {
+        let file = format!("torchtune/{name}/adapter_model.pt");
+        cases.push((
+            path(&format!("torchtune/{name}")),
+            "torchtune",
+            HUB.to_owned(),
+            path(&file),
+        ));
+    }
+    for name in ["plain", "lora_only"] {
+        let file = path(&format!("loralib/{name}.pt"));
+        let base = format!("loralib/{name}-base.safetensors");
+        cases.push((file.clone(), "loralib", base, file));
+    }
+    for name in ["bert-lora", "bert-ia3", "gpt2-lora", "gpt2-lora-all"] {
+        let base = format!("adapterhub/{}-base", &name[..4]);
+        let file = path(&format!("adapterhub/{name}/adapter.safetensors"));
+        cases.push((
+            path(&format!("adapterhub/{name}")),
+            "adapterhub",
+            base,
+            file,
+        ));
+    }
+    for (from, to, base, file) in cases {
+        let found = there_and_back(&from, to, &path(&base));
+        let wanted: BTreeMap<String, Vec<u8>> = tensors(&file)
+            .into_iter()
+            .map(|(name, (bytes, _))| {
+                let name = name.strip_prefix("model.").unwrap_or(&name);
+                (name.replace(".loras.task.", ".loras.default."), bytes)
+            })
+            .collect();
+        let found: BTreeMap<String, Vec<u8>> = found
+            .into_iter()
+            .map(|(name, (bytes, _))| (name, bytes))
+            .collect();
+        assert!(
+            found.keys().eq(wanted.keys()),
+            "{from:?}: {:?}",
+            found.keys()
+        );
+        assert!(found == wanted, "{from:?}");
+    }
+}
+
+#[test]
+fn what_litgpt_writes_beside_its_factors_is_written_too() {
+    let room = tempfile::tempdir().unwrap();
+    for name in ["all", "key"] {
+        let from = fixture("formats/litgpt").join(name);
+        let output = room.path().join(name);
+        convert(&from, "litgpt", &fixture("formats").join(HUB), &output).unwrap();
+        let lines = |path: &Path, wanted: &str| -> Vec<String> {
+            let text = std::fs::read_to_string(path).unwrap();
+            let lines = text.lines().filter(|line| line.starts_with(wanted));
+            lines.map(str::to_owned).collect()
+        };
+        let file = "hyperparameters.yaml";
+        let mut theirs = lines(&from.join(file), "lora_");
+        theirs.retain(|line| !line.starts_with("lora_dropout"));
+        let mut ours = lines(&output.join(file), "lora_");
+        ours.retain(|line| !line.starts_with("lora_dropout"));
+        ours.sort();
+        assert_eq!(ours, theirs, "{name}");
+        for key in ["head_size", "n_head", "n_query_groups"] {
+            let file = "model_config.yaml";
+            assert_eq!(
+                lines(&output.join(file), key),
+                lines(&from.join(file), key),
+                "{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_archive_that_is_written_has_the_same_bytes_every_time_and_aligned_data() {
+    let room = tempfile::tempdir().unwrap();
+    let base = fixture("formats").join(HUB);
+    let written = |to: &str, file: &str, number: usize| {
+        let output = room.path().join(format!("{to}{number}"));
+        let report = convert(&fixture("formats/torchtune/lora"), to, &base, &output).unwrap();
+        let path = output.join(file);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().len(),
+            report.bytes,
+            "{to}"
+        );
+        let file = TensorFile::open(&path).unwrap();
+        file.verify().unwrap();
+        (std::fs::read(&path).unwrap(), file)
+    };
+    for (to, file, alignment) in [
+        ("torchtune", "adapter_model.pt", 64),
+        ("loralib", "lora.pt", 64),
+        ("mlx-npz", "adapters.npz", 1),
+    ] {
+        let (first, read) = written(to, file, 0);
+        let (second, _) = written(to, file, 1);
+        assert!(first == second, "{to}");
+        assert_eq!(read.directory.tensors.len(), 30, "{to}");
+        let tensors = &read.directory.tensors;
+        assert!(
+            tensors.iter().all(|tensor| tensor.offset % alignment == 0),
+            "{to}"
+        );
+    }
+}
+
+#[test]
+fn an_npz_holds_the_values_of_bf16_as_f32() {
+    let room = tempfile::tempdir().unwrap();
+    let base = fixture("formats").join(HUB);
+    let half = room.path().join("half");
+    let options = convert::Options {
+        adapter: fixture("formats/torchtune/lora"),
+        to: "peft".to_owned(),
+        output: half.clone(),
+        base: Some(base.clone()),
+        dtype: Some(loratool::tensor::Float::BF16),
+        ..convert::Options::default()
+    };
+    convert::plan(&options)
+        .unwrap()
+        .run(&Control::default())
+        .unwrap();
+    let (npz, plain) = (room.path().join("npz"), room.path().join("plain"));
+    convert(&half, "mlx-npz", &base, &npz).unwrap();
+    convert(&half, "mlx", &base, &plain).unwrap();
+    let (npz, plain) = (
+        tensors(&npz.join("adapters.npz")),
+        tensors(&plain.join("adapters.safetensors")),
+    );
+    assert_eq!(npz.len(), plain.len());
+    for (name, (bytes, values)) in &plain {
+        assert_eq!(&npz[name].1, values, "{name}");
+        assert_eq!(npz[name].0.len(), 2 * bytes.len(), "{name}");
+    }
+}
+
+#[test]
+fn adapters_before_1_1_are_read_with_the_scale_that_they_had() {
+    let from = fixture("formats/adapterhub/bert-lora");
+    let room = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    std::fs::copy(
+        from.join("adapter.safetensors"),
+        room.path().join("adapter.safetensors"),
+    )
+    .unwrap();
+    for (version, scale) in [("0.1.2", 1.0), ("1.0.1", 1.0), ("1.1.0", 1.5), ("2.0", 1.5)] {
+        let text = text.replace("adapters.1.3.0", &format!("adapters.{version}"));
+        std::fs::write(room.path().join("adapter_config.json"), text).unwrap();
+        let adapter = Found::open(room.path())
+            .unwrap()
+            .read(&ReadOptions::default())
+            .unwrap();
+        assert!(
+            adapter
+                .modules
+                .iter()
+                .all(|module| module.scale.value == scale),
+            "{version}"
+        );
+        assert_eq!(adapter.notices.is_empty(), scale == 1.5, "{version}");
+    }
+}
+
+#[test]
+fn the_thirds_of_a_fused_layer_are_those_that_the_configuration_names() {
+    let from = fixture("formats/adapterhub/gpt2-lora");
+    let room = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    std::fs::copy(
+        from.join("adapter.safetensors"),
+        room.path().join("adapter.safetensors"),
+    )
+    .unwrap();
+    for (matrices, fits) in [("\"q\",\n      \"v\"", true), ("\"q\"", false), ("", false)] {
+        let text = text.replace("\"q\",\n      \"v\"", matrices);
+        std::fs::write(room.path().join("adapter_config.json"), text).unwrap();
+        let read = Found::open(room.path())
+            .unwrap()
+            .read(&ReadOptions::default());
+        match read {
+            Ok(adapter) => {
+                assert!(fits, "{matrices}");
+                let shape = |role| adapter.modules[0].get(role).unwrap().shape.clone();
+                assert_eq!(shape(loratool::methods::lora::UP), [48, 8]);
+            }
+            Err(error) => {
+                assert!(!fits, "{matrices}: {error:?}");
+                assert!(
+                    matches!(error.reason(), Reason::FactorShape { .. }),
+                    "{error:?}"
+                );
+            }
+        }
+    }
 }

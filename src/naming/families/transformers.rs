@@ -4,11 +4,11 @@
 //! Source: `huggingface/transformers` 5.23, `conversion_mapping.py` and `base_model_prefix` of the models.
 //! Unlike the other tables this one describes the ends of paths, whatever stands before them.
 
-use super::{Family, Layout, Row, row, whole};
+use super::{Family, Layout, Row, row, thirds_of_heads, whole};
 use crate::naming::rows::Rows;
 
 /// Every family: the hub's names are those of files.
-pub(super) static TRANSFORMERS: &[Family] = &[VIT, DINOV2, EXPERTS, GPT_NEOX];
+pub(super) static TRANSFORMERS: &[Family] = &[VIT, DINOV2, EXPERTS, GPT_NEOX, PHI3];
 
 /// ViT, DeiT, BEiT, ViViT, AST.
 const VIT: Family = Family {
@@ -76,6 +76,23 @@ const EXPERTS: Family = Family {
 const GPT_NEOX: Family = Family {
     name: "gpt_neox",
     rows: || vec![row("embed_out", "lm_head", Rows::Whole)],
+    ..VIT
+};
+
+/// Phi-3 and Phi-4, of which other libraries make a Llama, whose layers are not fused (`pytorch/torchtune`,
+/// `models/phi3/_convert_weights.py`; `Lightning-AI/litgpt`, `copy_weights_phi`).
+const PHI3: Family = Family {
+    name: "phi3",
+    rows: || {
+        let mut rows = Vec::new();
+        let projections = ["q_proj", "k_proj", "v_proj"];
+        thirds_of_heads(&mut rows, "self_attn.", projections, "self_attn.qkv_proj");
+        for (index, layer) in ["gate_proj", "up_proj"].into_iter().enumerate() {
+            let (hub, halves) = (format!("mlp.{layer}"), Rows::Block { index, of: 2 });
+            rows.push(row(hub, "mlp.gate_up_proj", halves));
+        }
+        rows
+    },
     ..VIT
 };
 
