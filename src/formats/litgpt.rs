@@ -3,8 +3,9 @@
 //! Source: `Lightning-AI/litgpt`, `litgpt/lora.py` (`LoRALinear`, `LoRAQKVLinear`) and
 //! `litgpt/scripts/merge_lora.py`. `attn.qkv` is fused: A holds one block of r rows for each adapted part, B the
 //! rows of these parts, r columns each. Which parts are adapted says `hyperparameters.yaml`, how many rows a part
-//! has `model_config.yaml`. Before the layer was called `qkv` it was `attn.attn`, with heads of one group side by
-//! side; that order is not read.
+//! has `model_config.yaml`. Before the layer was called `qkv` it was `attn.attn`, with the heads of a group side by
+//! side (commit fabf765b): then too the rows of the factor were those of its parts, but where all three were adapted
+//! they were added to the weight as they lie (`zero_pad`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,7 +17,7 @@ use super::peft::write::number as whole_if_it_is;
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Module};
 use crate::containers::torch;
 use crate::error::{Error, Reason, Result};
 use crate::methods::lora;
@@ -64,7 +65,6 @@ impl Format for Litgpt {
 
     fn read(&self, found: &Found, options: &ReadOptions) -> Result<Adapter> {
         let mut pieces = Pieces::new(Spelling::Dotted);
-        let mut old = Vec::new();
         for tensor in &found.file.directory.tensors {
             // Fabric saves the state under the name of the model.
             let name = tensor.name.strip_prefix("model.").unwrap_or(&tensor.name);
@@ -76,18 +76,12 @@ impl Format for Litgpt {
                     continue;
                 }
             };
-            if path.ends_with(".attn.attn") {
-                old.push(tensor.name.clone());
-            } else if role == lora::UP && path.ends_with(".attn.qkv") {
+            if role == lora::UP && is_fused(path) {
                 let whole = block_diagonal(tensor, &parts(found)?)?;
                 pieces.add(path.to_owned(), Piece::Factor(role), &whole);
             } else {
                 pieces.add(path.to_owned(), Piece::Factor(role), tensor);
             }
-        }
-        if !old.is_empty() {
-            let problem = "its fused layers are those of an old release, in another order of rows (`attn.attn`), which is not supported".to_owned();
-            return Err(Error::new(Reason::Stored { problem }).with_cases(old));
         }
         let alpha = match found.settings("lora_alpha") {
             Some(_) => number(found, "lora_alpha")?,
@@ -97,7 +91,7 @@ impl Format for Litgpt {
             Ok(Told {
                 alpha: Some(alpha),
                 // The divisor is the rank of one part.
-                parts: match path.ends_with(".attn.qkv") {
+                parts: match is_fused(path) {
                     true => parts(found)?.iter().filter(|part| part.1).count(),
                     false => 1,
                 },
@@ -110,12 +104,36 @@ impl Format for Litgpt {
             query: heads("n_head"),
             key: heads("n_query_groups"),
         };
+        for module in &mut adapter.modules {
+            if let Some(owner) = module.path.strip_suffix(OLD) {
+                let path = format!("{owner}{FUSED}");
+                if parts(found)?.iter().all(|part| part.1) {
+                    *module = by_kind(module, adapter.attention)?;
+                }
+                module.path = path;
+            }
+        }
         Ok(adapter)
     }
 
     fn summary(&self, found: &Found) -> Summary {
         summarise(found, &[(".lora_B", 1)])
     }
+}
+
+fn is_fused(path: &str) -> bool {
+    path.ends_with(FUSED) || path.ends_with(OLD)
+}
+
+/// The module whose outputs are all queries, all keys, all values instead of those of each group in turn.
+fn by_kind(module: &Module, attention: Attention) -> Result<Module> {
+    let rows = module.method.extent(module).outputs.unwrap_or(0);
+    let mut all = Vec::new();
+    for (heads, _) in PARTS {
+        let own = Rows::PerGroup(heads).ranges(rows, 0, attention);
+        all.extend(own.ok_or_else(|| module.error(Reason::HeadsNeeded))?);
+    }
+    module.outputs(&all)
 }
 
 /// The rows of queries, keys and values, and which of them are adapted.
@@ -173,6 +191,9 @@ const SWITCHES: &[(&str, &[&str])] = &[
 
 /// The fused layer.
 const FUSED: &str = ".attn.qkv";
+
+/// What it was called before its rows were ordered by kind.
+const OLD: &str = ".attn.attn";
 
 /// Its parts, and the settings that adapt them.
 const PARTS: [(Heads, &str); 3] = [

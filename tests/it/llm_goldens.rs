@@ -12,7 +12,7 @@ use loratool::tensor::DType;
 use loratool::{Kind, Reason};
 
 use crate::oracle::Stored;
-use crate::support::{fixture, merge, options, write_base};
+use crate::support::{fixture, merge, options, write_base, write_safetensors};
 
 /// The numerator of every scale in these fixtures.
 const ALPHA: f64 = 6.0;
@@ -541,6 +541,91 @@ fn the_thirds_of_a_fused_layer_are_those_that_the_configuration_names() {
                 assert!(
                     matches!(error.reason(), Reason::FactorShape { .. }),
                     "{error:?}"
+                );
+            }
+        }
+    }
+}
+
+/// A folder of LitGPT with the names of old releases.
+fn old_litgpt(name: &str, room: &Path) -> PathBuf {
+    let from = fixture("formats/litgpt").join(name);
+    let folder = room.join(name);
+    std::fs::create_dir(&folder).unwrap();
+    for file in ["hyperparameters.yaml", "model_config.yaml"] {
+        std::fs::copy(from.join(file), folder.join(file)).unwrap();
+    }
+    let all = tensors(&from.join("lit_model.pth.lora"));
+    let file = TensorFile::open(from.join("lit_model.pth.lora")).unwrap();
+    let stored: Vec<(String, Stored)> = all
+        .into_iter()
+        .map(|(name, (bytes, _))| {
+            let shape = file.tensor(&name).unwrap().shape.clone();
+            let dtype = DType::F32;
+            (
+                name.replace(".attn.qkv.", ".attn.attn."),
+                Stored {
+                    dtype,
+                    shape,
+                    bytes,
+                },
+            )
+        })
+        .collect();
+    let stored: Vec<(&str, Stored)> = stored
+        .iter()
+        .map(|(n, t)| (n.as_str(), t.clone()))
+        .collect();
+    write_safetensors(&folder.join("lit_model.pth.lora"), &stored);
+    folder
+}
+
+#[test]
+fn parts_of_old_releases_of_litgpt_are_those_of_new_ones() {
+    let room = tempfile::tempdir().unwrap();
+    for name in ["default", "key", "query_key"] {
+        let changed = format!("litgpt/{name}-changed-hub");
+        let golden = Golden {
+            adapter: old_litgpt(name, room.path()),
+            ..golden("", HUB, &changed)
+        };
+        let ours = merged(&golden.base, &golden.adapter, ReadOptions::default());
+        compare(name, &ours, &golden, CLOSE);
+    }
+}
+
+#[test]
+fn an_old_release_of_litgpt_added_all_three_parts_to_the_rows_as_they_lay() {
+    const WIDTH: usize = 32;
+    const HEAD: usize = 8;
+    let room = tempfile::tempdir().unwrap();
+    let base = fixture("formats").join(HUB);
+    let folder = old_litgpt("all", room.path());
+    let ours = merged(&base, &folder, ReadOptions::default());
+    let factors = tensors(&folder.join("lit_model.pth.lora"));
+    let before = tensors(&weights(&base));
+    let factor = |name: &str| &factors[&format!("model.transformer.h.1.attn.attn.{name}")].1;
+    let (down, up) = (factor("lora_A"), factor("lora_B"));
+    // Four queries and two keys: rows 0..32 of the factor are for the first A, 16 each for the others.
+    let delta = |row: usize, column: usize| {
+        let part = [0, 0, 1, 2][row / 16];
+        let sum = (0..4).map(|r| up[row * 4 + r] * down[(part * 4 + r) * WIDTH + column]);
+        1.5 * sum.sum::<f64>()
+    };
+    for (layer, heads, first, group) in [
+        ("q_proj", 4, 0, 2),
+        ("k_proj", 2, 2, 1),
+        ("v_proj", 2, 3, 1),
+    ] {
+        let name = format!("model.layers.1.self_attn.{layer}.weight");
+        for head in 0..heads {
+            let start = (head / group * 4 + first + head % group) * HEAD;
+            for (row, column) in (0..HEAD * WIDTH).map(|at| (at / WIDTH, at % WIDTH)) {
+                let at = (head * HEAD + row) * WIDTH + column;
+                let expected = before[&name].1[at] + delta(start + row, column);
+                assert!(
+                    (ours[&name].1[at] - expected).abs() < 1e-6,
+                    "{name} {head} {row} {column}"
                 );
             }
         }
