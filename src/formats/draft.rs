@@ -39,6 +39,8 @@ pub struct Draft<'a> {
     pub family: Option<&'static str>,
     /// What diffusers calls the denoiser (`unet.`, `transformer.`), where a family tells it.
     pub denoiser: Option<&'static str>,
+    /// The metadata of the source's file.
+    pub metadata: &'a [(String, String)],
     /// What stands before flattened names instead of the usual.
     pub prefix: Option<&'a str>,
     /// The heads of the model, as far as they are known.
@@ -66,8 +68,8 @@ pub struct Written {
     pub tensors: Vec<Tensor>,
     /// The metadata, where the container is safetensors.
     pub metadata: Vec<(String, String)>,
-    /// The key of the metadata that states the SHA-256 of all data, which is known last.
-    pub digest: Option<&'static str>,
+    /// Whether the metadata state the hashes of sd-scripts, which are known last.
+    pub hashes: bool,
     /// Makes the header, where the container is another.
     #[allow(clippy::type_complexity, reason = "a constructor of one header")]
     pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header>>>,

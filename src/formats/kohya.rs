@@ -11,7 +11,7 @@ use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{Adapter, Layer, Method};
 use crate::error::Result;
 use crate::methods::{full, lora};
-use crate::naming::families::Layout;
+use crate::naming::families::{self, Layout};
 use crate::naming::{Spelling, component};
 use crate::tensor::Tensor;
 
@@ -103,7 +103,7 @@ impl Writer for Kohya {
         }
         written.lose_rest(draft);
         written.metadata = metadata(draft, &written);
-        written.digest = Some("sshs_model_hash");
+        written.hashes = true;
         Ok(written)
     }
 }
@@ -186,7 +186,16 @@ pub(super) fn suffixed(
     }
 }
 
-/// What sd-scripts states about a network.
+/// What it states about a network, which a conversion changes.
+const OF_NETWORK: &[&str] = &[
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+];
+
+/// What sd-scripts states about a network; what the source states of its training and in Stability's ModelSpec stays
+/// (`kohya-ss/sd-scripts`, `train_network.py`, `library/sai_model_spec.py`), but for hashes.
 fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
     let ranks = written
         .tensors
@@ -206,7 +215,20 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
         Some("flux1") => Some("flux1"),
         _ => None,
     };
-    if let Some(base) = base {
+    // Some tools state a wrong base.
+    let right = |text: &str| draft.family.is_none() || families::stated(text) == draft.family;
+    let kept = draft.metadata.iter().filter(|(key, value)| match &**key {
+        "ss_base_model_version" => right(value),
+        "modelspec.architecture" => right(value),
+        "modelspec.hash_sha256" => false,
+        key if OF_NETWORK.contains(&key) => false,
+        key => key.starts_with("ss_") || key.starts_with("modelspec."),
+    });
+    let mut kept: Vec<(String, String)> = kept.cloned().collect();
+    kept.sort();
+    if let Some(base) = base
+        && !kept.iter().any(|(key, _)| key == "ss_base_model_version")
+    {
         metadata.push(("ss_base_model_version".to_owned(), base.to_owned()));
     }
     let module = match draft.family {
@@ -215,6 +237,7 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
         _ => "networks.lora",
     };
     metadata.push(("ss_network_module".to_owned(), module.to_owned()));
+    metadata.extend(kept);
     metadata
 }
 

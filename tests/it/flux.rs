@@ -310,3 +310,120 @@ fn an_adapter_of_peft_that_lost_its_configuration_needs_an_alpha() {
         .unwrap();
     assert_eq!(adapter.modules[0].scale.value, 1.0);
 }
+
+/// A file of one large layer of FLUX.1 in kohya's names, with metadata.
+fn large(path: &Path, metadata: &[(&str, &str)]) {
+    let values = crate::support::Random(5).floats(64 * 6144);
+    let factor = |shape: [usize; 2]| {
+        crate::oracle::Stored::of(loratool::tensor::DType::F32, &shape, &values)
+    };
+    let (down, up) = (factor([64, 6144]), factor([6144, 64]));
+    let view = |stored: &crate::oracle::Stored| {
+        let (shape, bytes) = (stored.shape.clone(), stored.bytes.clone());
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes.leak()).unwrap()
+    };
+    let owner = "lora_unet_double_blocks_0_img_attn_proj";
+    let tensors = [
+        ("lora_down.weight", view(&down)),
+        ("lora_up.weight", view(&up)),
+    ];
+    let tensors = tensors.map(|(tail, view)| (format!("{owner}.{tail}"), view));
+    let metadata = metadata
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    safetensors::serialize_to_file(tensors, Some(metadata.collect()), path).unwrap();
+}
+
+#[test]
+fn hashes_of_a_written_file_are_its_own_and_statements_of_the_source_stay() {
+    let room = tempfile::tempdir().unwrap();
+    let (from, output) = (
+        room.path().join("a.safetensors"),
+        room.path().join("b.safetensors"),
+    );
+    large(
+        &from,
+        &[
+            ("ss_base_model_version", "flux1"),
+            ("ss_network_dim", "7"),
+            ("ss_network_args", "{}"),
+            ("ss_tag_frequency", "{\"a\": 1}"),
+            ("modelspec.author", "somebody"),
+            ("modelspec.architecture", "flux-1-dev/lora"),
+            ("modelspec.hash_sha256", "0x12"),
+            ("sshs_model_hash", "34"),
+            ("sshs_legacy_hash", "56"),
+            ("other", "78"),
+        ],
+    );
+    let more = Options {
+        dtype: Some(loratool::tensor::Float::F32),
+        ..Options::default()
+    };
+    convert(&from, "kohya", &output, more).unwrap();
+    let written = TensorFile::open(&output).unwrap().directory.metadata;
+    let told: BTreeMap<&str, &str> = written
+        .iter()
+        .map(|(key, value)| (&**key, &**value))
+        .collect();
+    let bytes = std::fs::read(&output).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let digits = |bytes: &[u8]| -> String {
+        use sha2::Digest;
+        let digest = sha2::Sha256::digest(bytes);
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    assert_eq!(told["sshs_model_hash"], digits(&bytes[header..]));
+    // As if the metadata of sd-scripts were the only ones.
+    let own = told.iter().filter(|(key, _)| key.starts_with("ss_"));
+    let own = own.map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let alone = safetensors::serialize(file.tensors(), Some(own.collect())).unwrap();
+    assert_eq!(
+        told["sshs_legacy_hash"],
+        &digits(&alone[0x10_0000..0x11_0000])[..8]
+    );
+    let expected = [
+        ("ss_base_model_version", "flux1"),
+        ("ss_network_dim", "64"),
+        ("ss_tag_frequency", "{\"a\": 1}"),
+        ("modelspec.author", "somebody"),
+        ("modelspec.architecture", "flux-1-dev/lora"),
+    ];
+    for (key, value) in expected {
+        assert_eq!(told[key], value, "{key}");
+    }
+    for key in ["ss_network_args", "modelspec.hash_sha256", "other"] {
+        assert!(!told.contains_key(key), "{key}");
+    }
+}
+
+#[test]
+fn the_base_that_a_file_states_decides_among_families_that_fit() {
+    let room = tempfile::tempdir().unwrap();
+    let from = room.path().join("a.safetensors");
+    for (metadata, family) in [
+        (("other", "flux1"), None),
+        // It has no such layer.
+        (("ss_base_model_version", "sdxl_base_v1-0"), None),
+        (("ss_base_model_version", "flux1"), Some("flux1")),
+        (("modelspec.architecture", "Flux-2/lora"), Some("flux2")),
+    ] {
+        large(&from, &[metadata]);
+        let output = room.path().join("b.safetensors");
+        let more = Options {
+            force: true,
+            ..Options::default()
+        };
+        match convert(&from, "kohya", &output, more) {
+            Ok(report) => assert_eq!(report.family.as_deref(), family, "{metadata:?}"),
+            Err(error) => {
+                assert_eq!(
+                    (error.kind(), family),
+                    (Kind::Unresolved, None),
+                    "{metadata:?}"
+                );
+            }
+        }
+    }
+}

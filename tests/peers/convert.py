@@ -83,6 +83,7 @@ class Setup:
             row = (peer, name, to, "refused", str(error))
         except Exception as error:  # noqa: BLE001  (whatever the peer does with the file is a result)
             row = (peer, name, to, "**peer fails**", f"{type(error).__name__}: {error}")
+            row = (peer, name, to, "peer is wrong", fault) if fault else row
         self.rows.append(tuple(cell.replace(str(self.work), "").replace(str(FIXTURES), "")
                                .replace("|", "\\|").replace("\n", " ")[:200] for cell in row))
         print("  ".join(self.rows[-1]), file=sys.stderr)
@@ -219,7 +220,7 @@ def diffusers(setup):
     folder = FORMATS / "flux"
     untouched = load_file(folder / "base.safetensors")
     names = sorted(path.stem for path in folder.glob("*.safetensors") if not path.stem.endswith("-changed"))
-    targets = ("diffusers", "kohya", "onetrainer", "comfyui", "ai-toolkit", "xlabs")
+    targets = ("diffusers", "kohya", "onetrainer", "comfyui", "ai-toolkit", "xlabs", "bfl")
     for name in names:
         if name == "base":
             continue
@@ -244,8 +245,12 @@ def diffusers(setup):
                 return relative(on_flux(path), expected)
 
             fault = None
-            if name == "diffusers" and to in ("kohya", "comfyui"):
-                fault = "ignores alpha of img_in and of final_layer in kohya's names"
+            if name in ("diffusers", "bfl-names-in-peft") and to in ("kohya", "comfyui"):
+                fault = "drops layers outside of the blocks (img_in, final_layer) in kohya's names"
+            if to == "bfl":
+                fault = "swaps shift and scale of final_layer.adaLN_modulation.1 in lora_A as well"
+            if name == "bfl-control" and to == "comfyui":
+                fault = "does not read set_weight, reshape_weight and diff_b, and says so"
             setup.judge("diffusers", source, to, EXACT, compute, fault)
     unet = FIXTURES / "lycoris" / "unet_attn"
     wanted = load_file(unet / "unet_merged.safetensors")

@@ -234,6 +234,48 @@ pub fn architecture(model_type: &str) -> &str {
     found.map_or(model_type, |(_, architecture)| architecture)
 }
 
+/// How statements about the base of an adapter begin, and the family.
+///
+/// Sources: `ss_base_model_version` and `modelspec.architecture` of `kohya-ss/sd-scripts` (`library/model_util.py`,
+/// `library/sai_model_spec.py`) and `kohya-ss/musubi-tuner` (`utils/sai_model_spec.py`); `ostris/ai-toolkit`.
+const STATED: &[(&str, &str)] = &[
+    ("sd_v1", "sd1"),
+    ("sd_v2", "sd1"),
+    ("sd_1", "sd1"),
+    ("sd_2", "sd1"),
+    ("stable-diffusion-v1", "sd1"),
+    ("stable-diffusion-v2", "sd1"),
+    ("sdxl", "sdxl"),
+    ("stable-diffusion-xl", "sdxl"),
+    ("sd3", "sd3"),
+    ("stable-diffusion-3", "sd3"),
+    ("flux2", "flux2"),
+    ("flux-2", "flux2"),
+    ("flux.2", "flux2"),
+    ("flux1", "flux1"),
+    ("flux-1", "flux1"),
+    ("flux.1", "flux1"),
+    ("chroma", "flux1"),
+    ("wan", "wan"),
+    ("hunyuan-video", "hunyuan-video"),
+    ("hunyuanvideo", "hunyuan-video"),
+    ("qwen-image", "qwen-image"),
+    ("qwen_image", "qwen-image"),
+    ("anima", "anima"),
+    ("ltx", "ltx"),
+    ("lumina2", "lumina2"),
+    ("lumina-2", "lumina2"),
+    ("z-image", "z-image"),
+    ("zimage", "z-image"),
+];
+
+/// The family that a statement about the base of an adapter means.
+pub fn stated(text: &str) -> Option<&'static str> {
+    let text = text.to_ascii_lowercase();
+    let found = STATED.iter().find(|(start, _)| text.starts_with(start));
+    found.map(|(_, family)| *family)
+}
+
 /// A row.
 fn row(hub: impl Into<String>, other: impl Into<String>, rows: Rows) -> Row {
     Row {

@@ -1,5 +1,6 @@
 //! From one spelling to another: read, rename, write; what the target cannot say is listed.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -144,7 +145,8 @@ pub fn plan(options: &Options) -> Result<Plan> {
     found.file.verify()?;
     let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
     select(&mut adapter, options)?;
-    let (mut written, family) = write(&adapter, target, base.as_ref(), options)?;
+    let metadata = &found.file.directory.metadata;
+    let (mut written, family) = write(&adapter, metadata, target, base.as_ref(), options)?;
     if let Some(base) = &base {
         forgive_copies(&adapter, base, &mut written)?;
     }
@@ -234,12 +236,13 @@ pub fn outlook(
         family: family.map(str::to_owned),
         ..Options::default()
     };
-    let (written, _) = write(adapter, target, base, &options)?;
+    let (written, _) = write(adapter, &[], target, base, &options)?;
     Ok((written.losses, written.folded))
 }
 
 fn write(
     adapter: &Adapter,
+    metadata: &[(String, String)],
     target: &'static dyn Format,
     base: Option<&Checkpoint>,
     options: &Options,
@@ -263,6 +266,7 @@ fn write(
         dtype: options.dtype,
         family,
         denoiser,
+        metadata,
         prefix: options.prefix.as_deref(),
         attention: names::heads(adapter, base),
     };
@@ -390,25 +394,56 @@ impl Plan {
         Ok(self.report)
     }
 
-    /// States the hash of everything behind the header, where the format has a place for it.
+    /// States the hashes of sd-scripts (`library/train_util.py`, `precalculate_safetensors_hashes`): that of everything
+    /// behind the header, and eight digits of that of 64 KiB from 1 MiB on, as if its own metadata were the only ones.
     fn hash(&mut self) -> Result<()> {
-        let Some(key) = self.written.digest else {
+        if !self.written.hashes {
             return Ok(());
-        };
-        let mut hasher = Sha256::new();
-        for tensor in &self.written.tensors {
-            hasher.update(&tensor.bytes()?);
         }
-        let digest: String = hasher
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
+        let (mut model, mut legacy) = (Sha256::new(), Sha256::new());
+        let own = self.written.metadata.iter();
+        let own: Vec<_> = own
+            .filter(|(key, _)| key.starts_with("ss_"))
+            .cloned()
             .collect();
-        self.written.metadata.push((key.to_owned(), digest));
+        let mut at = 0;
+        let mut pass = |bytes: &[u8]| {
+            let within = |place: usize| place.saturating_sub(at).min(bytes.len());
+            legacy.update(&bytes[within(LEGACY.start)..within(LEGACY.end)]);
+            at += bytes.len();
+        };
+        pass(&safetensors::header(&own, &entries(&self.written))?);
+        for tensor in &self.written.tensors {
+            let bytes = tensor.bytes()?;
+            model.update(&bytes);
+            pass(&bytes);
+        }
+        let digits = |hasher: Sha256| -> String {
+            let digest = hasher.finalize();
+            digest.iter().map(|byte| format!("{byte:02x}")).collect()
+        };
+        let legacy = digits(legacy)[..8].to_owned();
+        for (key, digest) in [
+            ("sshs_legacy_hash", legacy),
+            ("sshs_model_hash", digits(model)),
+        ] {
+            self.written.metadata.push((key.to_owned(), digest));
+        }
         self.frame = Frame::of(&self.written)?;
         self.report.bytes = self.frame.length(&self.written.tensors)?;
         Ok(())
     }
+}
+
+/// The bytes of a file that the older hash of sd-scripts is of.
+const LEGACY: Range<usize> = 0x10_0000..0x11_0000;
+
+/// Name, type and shape of all tensors.
+fn entries(written: &Written) -> Vec<(&str, DType, &[usize])> {
+    let tensors = written.tensors.iter();
+    tensors
+        .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
+        .collect()
 }
 
 /// What stands around the data.
@@ -428,13 +463,8 @@ impl Frame {
             let entries: Vec<Entry<'_>> = written.tensors.iter().map(entry).collect();
             return Ok(Frame::Archive(archive(&entries)?));
         }
-        let entries: Vec<(&str, DType, &[usize])> = written
-            .tensors
-            .iter()
-            .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-            .collect();
         Ok(Frame::Header(Header {
-            bytes: safetensors::header(&written.metadata, &entries)?,
+            bytes: safetensors::header(&written.metadata, &entries(written))?,
             alignment: 1,
         }))
     }

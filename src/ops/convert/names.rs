@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Loss, Named};
 use crate::naming::component::{self, Component, InPart, split};
-use crate::naming::families::{FAMILIES, Family, Layout, Match, Side, find};
+use crate::naming::families::{FAMILIES, Family, Layout, Match, Side, find, stated};
 use crate::naming::{Attention, Place, Resolution, Resolver, Rows, Spelling};
 use crate::ops::merge::{architecture, attention};
 
@@ -22,7 +22,7 @@ pub(super) fn family(
     base: Option<&Checkpoint>,
     named: Option<&str>,
 ) -> Result<Option<&'static str>> {
-    let stated = adapter.facts.other.get("general.architecture").cloned();
+    let architecture_stated = adapter.facts.other.get("general.architecture").cloned();
     let is_known = |told: &String| {
         let of_language = |family: &&Family| family.layout.of_language_models();
         let mut families = FAMILIES.iter().filter(of_language);
@@ -30,7 +30,7 @@ pub(super) fn family(
     };
     // llama.cpp has more models under one architecture than `architecture` knows; the adapter says it.
     let told = base.and_then(architecture).filter(is_known);
-    let told = told.or(stated.filter(is_known));
+    let told = told.or(architecture_stated.filter(is_known));
     if let Some(named) = named.or(told.as_deref()) {
         let found = FAMILIES.iter().find(|family| family.name == named);
         return found.map(|family| Some(family.name)).ok_or_else(|| {
@@ -81,11 +81,22 @@ pub(super) fn family(
         let best = all.iter().map(has).max();
         all.retain(|name| Some(has(name)) == best);
     }
+    if all.len() > 1 {
+        // Statements decide among families whose names fit alone: some tools state a wrong one.
+        let told = STATEMENTS.iter().find_map(|key| {
+            let told = stated(adapter.facts.other.get(*key)?)?;
+            all.contains(&told).then_some(told)
+        });
+        all.retain(|name| told.is_none_or(|told| told == *name));
+    }
     Ok(match all.as_slice() {
         [only] => Some(only),
         _ => None,
     })
 }
+
+/// The metadata that state the base, as sd-scripts writes them.
+const STATEMENTS: &[&str] = &["ss_base_model_version", "modelspec.architecture"];
 
 /// What diffusers calls the denoiser: its family says it, or all families that know one of its modules agree.
 pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'static str> {
