@@ -252,6 +252,7 @@ reasons! {
         NamesUnknown { count: usize } => "{count} modules have no known name in the target; --base or --family tells which model it is",
         NamesAmbiguous { count: usize } => "{count} modules have several names in the target; --family or --base tells which model it is",
         ArchitectureUnknown => "llama.cpp stores the rows of some models otherwise; --base or --family tells which model it is",
+        OrderNeeded => "this format numbers its layers; --order says in which order (sd1, or a file)",
         HeadsNeeded => "how its rows are split depends on the number of heads; --base gives it",
         HeightNeeded { layer: String } => "it would be a part of `{layer}`, whose other parts are not there to tell its height; --base gives it",
         Modules { count: usize } => "{count} parts of the adapter have no place in the base",
@@ -418,7 +419,7 @@ impl Reason {
             }
             Reason::AlphaMissing => "if you know it, state it with --adapter-alpha",
             Reason::Ordinals => {
-                "convert it with the version of the tool that wrote it; a table of the layers in its order would be needed here"
+                "--order sd1 says it for Stable Diffusion 1 and 2; --order FILE names a file with the path of a layer on each line (`unet.down_blocks.0…`)"
             }
             Reason::InputVectors { .. } => {
                 "load it beside the model, in the tool that runs the model"

@@ -33,7 +33,7 @@ pub(super) struct Check {
 
 impl Check {
     pub(super) fn run(self) -> Outcome {
-        let options = self.targets.options(&self.common, self.base.as_ref());
+        let options = self.targets.options(&self.common, self.base.as_ref())?;
         let verdict = check(&self.path, &options);
         if self.common.json {
             render::json(&verdict);

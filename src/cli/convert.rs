@@ -98,7 +98,7 @@ impl Convert {
             only: self.only.clone(),
             skip: self.skip.clone(),
             force: self.force,
-            read: self.common.reading(),
+            read: self.common.reading()?,
         };
         let plan = plan(&options)?;
         let stderr = Stderr::new();

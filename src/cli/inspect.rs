@@ -41,23 +41,23 @@ pub(super) struct Targets {
 }
 
 impl Targets {
-    pub(super) fn options(&self, common: &Common, base: Option<&Path>) -> Options {
+    pub(super) fn options(&self, common: &Common, base: Option<&Path>) -> loratool::Result<Options> {
         let all = self.to.iter().any(|to| to == "all");
-        Options {
-            read: common.reading(),
+        Ok(Options {
+            read: common.reading()?,
             to: match all {
                 true => targets().map(|format| format.id().to_owned()).collect(),
                 false => self.to.clone(),
             },
             base: base.cloned(),
             family: self.family.clone(),
-        }
+        })
     }
 }
 
 impl Inspect {
     pub(super) fn run(self) -> Outcome {
-        let options = self.targets.options(&self.common, self.base.as_ref());
+        let options = self.targets.options(&self.common, self.base.as_ref())?;
         let inspection = inspect(&self.path, &options)?;
         if self.common.json {
             render::json(&inspection);

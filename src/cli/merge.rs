@@ -124,7 +124,7 @@ impl Merge {
             threads: self.threads.map(usize::from),
             allow_unmatched: self.allow_unmatched,
             allow_nonfinite: self.allow_nonfinite,
-            read: self.common.reading(),
+            read: self.common.reading()?,
             kernel: std::env::var(KERNEL).ok().filter(|name| !name.is_empty()),
         })
     }

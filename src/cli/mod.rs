@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use loratool::Error;
-use loratool::formats::ReadOptions;
+use loratool::formats::{Order, ReadOptions};
 use loratool::tensor::Float;
 
 mod check;
@@ -82,15 +82,19 @@ struct Common {
     /// Alpha of adapters whose files do not state it (loralib, LitGPT without its settings)
     #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
     adapter_alpha: Option<f64>,
+    /// Layers of adapters that only number them (cloneofsimo): `sd1`, or a file with a path on each line
+    #[arg(long, value_name = "TABLE")]
+    order: Option<String>,
 }
 
 impl Common {
     /// How adapters are read.
-    fn reading(&self) -> ReadOptions {
-        ReadOptions {
+    fn reading(&self) -> loratool::Result<ReadOptions> {
+        Ok(ReadOptions {
             allow_unknown_config: self.allow_unknown_config.clone(),
             alpha: self.adapter_alpha,
-        }
+            order: self.order.as_deref().map(Order::read).transpose()?,
+        })
     }
 }
 

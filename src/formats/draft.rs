@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::Order;
 use super::peft::write::most_common;
 use crate::adapter::{Adapter, Layer, Method, Module, Role, Scale, Stored};
 use crate::containers::Header;
@@ -41,6 +42,8 @@ pub struct Draft<'a> {
     pub denoiser: Option<&'static str>,
     /// The metadata of the source's file.
     pub metadata: &'a [(String, String)],
+    /// Which layers have which numbers, where the format numbers them.
+    pub order: Option<&'a Order>,
     /// What stands before flattened names instead of the usual.
     pub prefix: Option<&'a str>,
     /// The heads of the model, as far as they are known.

@@ -33,6 +33,7 @@ mod xlabs;
 mod yaml;
 
 pub use draft::{Draft, Loss, Named, Writer, Written};
+pub use simo::Order;
 pub use spellings::Summary;
 
 /// One community's spelling of adapters.
@@ -97,9 +98,18 @@ pub struct ReadOptions {
     pub allow_unknown_config: Vec<String>,
     /// The numerator of the scale of adapters whose files do not state it.
     pub alpha: Option<f64>,
+    /// Which layers the numbers of cloneofsimo's files mean.
+    pub order: Option<Order>,
 }
 
 impl ReadOptions {
+    /// The table of layers that the caller gives, where factors have numbers alone.
+    fn order(&self) -> Result<&Order> {
+        self.order
+            .as_ref()
+            .ok_or_else(|| Error::new(Reason::Ordinals))
+    }
+
     /// The alpha that the caller states, where no file does.
     fn alpha(&self) -> Result<f64> {
         match self.alpha {

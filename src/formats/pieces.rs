@@ -98,12 +98,15 @@ impl Pieces {
             .iter()
             .find(|(start, _)| tensor.name.starts_with(start));
         match aside {
-            Some((_, what)) => {
-                self.adapter.unused.push(tensor.clone());
-                self.notices([Notice::new(NoticeKind::Unused, *what).on(&*tensor.name)]);
-            }
+            Some((_, what)) => self.aside(tensor, what),
             None => self.unknown.push(tensor.name.clone()),
         }
+    }
+
+    /// A tensor that belongs to no module, and what it is.
+    pub(super) fn aside(&mut self, tensor: &Tensor, what: &str) {
+        self.adapter.unused.push(tensor.clone());
+        self.notices([Notice::new(NoticeKind::Unused, what).on(&*tensor.name)]);
     }
 
     /// A weight that is widened with zeros, as a tensor tells.

@@ -40,7 +40,7 @@ impl Format for TextualInversion {
     }
 }
 
-fn is_vectors(name: &str) -> bool {
+pub(super) fn is_vectors(name: &str) -> bool {
     matches!(name, "emb_params" | "string_to_param" | "clip_l" | "clip_g")
         || name.starts_with("string_to_param.")
         || name.starts_with('<')

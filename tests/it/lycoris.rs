@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use loratool::containers::TensorFile;
-use loratool::formats::{Found, ReadOptions};
+use loratool::formats::{Found, Order, ReadOptions};
 use loratool::naming::Spelling;
 use loratool::ops::convert;
 use loratool::ops::merge::Control;
@@ -197,8 +197,8 @@ fn a_converted_adapter_merges_as_its_source_does() {
                     Ok(report) => report,
                     Err(error) => {
                         // These have no names for image models.
-                        let of_language = ["gguf", "torchtune"].contains(&target.id());
-                        let unnamed = of_language && error.kind() == Kind::Unresolved;
+                        let nameless = ["gguf", "torchtune", "simo"].contains(&target.id());
+                        let unnamed = nameless && error.kind() == Kind::Unresolved;
                         let lossy = unnamed || matches!(error.reason(), Reason::Losses { .. });
                         assert!(lossy, "{adapter} to {}: {error:?}", target.id());
                         assert!(!output.exists());
@@ -270,6 +270,125 @@ fn a_folder_of_peft_and_a_file_of_diffusers_are_each_others_conversion() {
         };
         assert_eq!(scale(&output), scale(from));
     }
+}
+
+#[test]
+fn layers_with_numbers_alone_are_those_of_the_table() {
+    let room = tempfile::tempdir().unwrap();
+    let from = spelled("unet_attn", "diffusers_new");
+    let adapter = Found::open(&from).unwrap();
+    let adapter = adapter.read(&ReadOptions::default()).unwrap();
+    let table = room.path().join("order.txt");
+    let paths: Vec<&str> = adapter.modules.iter().map(|module| &*module.path).collect();
+    std::fs::write(&table, format!("\n{} \n", paths.join("\n"))).unwrap();
+    let order = Order::read(table.to_str().unwrap()).unwrap();
+    let options = |order: Option<Order>| convert::Options {
+        adapter: from.clone(),
+        to: "simo".to_owned(),
+        output: room.path().join("numbered.safetensors"),
+        read: ReadOptions {
+            order,
+            ..ReadOptions::default()
+        },
+        ..convert::Options::default()
+    };
+    let unordered = convert::plan(&options(None)).map(drop).unwrap_err();
+    assert!(
+        matches!(unordered.reason(), Reason::OrderNeeded),
+        "{unordered:?}"
+    );
+    let numbered = options(Some(order.clone()));
+    let report = convert::plan(&numbered)
+        .unwrap()
+        .run(&Control::default())
+        .unwrap();
+    assert_eq!(report.modules, paths.len());
+    let file = TensorFile::open(&numbered.output).unwrap();
+    assert!(file.tensor("unet:0:up").is_some());
+    let told = |key: &str| {
+        let mut told = file.directory.metadata.iter();
+        told.find(|(known, _)| known == key)
+            .map(|(_, value)| value.clone())
+    };
+    assert_eq!(told("unet:0:rank").as_deref(), Some("4"));
+    assert!(told("unet").is_some_and(|classes| classes.contains("CrossAttention")));
+    // It says nothing without the table, and everything with it.
+    let open = || Found::open(&numbered.output).unwrap();
+    let error = open().read(&ReadOptions::default()).unwrap_err();
+    assert!(matches!(error.reason(), Reason::Ordinals), "{error:?}");
+    let output = room.path().join("merged.safetensors");
+    let mut merging =
+        crate::support::options(&spelled("unet_attn", "unet"), &numbered.output, &output);
+    merging.read.order = Some(order.clone());
+    merge(&merging).unwrap();
+    let expected = TensorFile::open(spelled("unet_attn", "unet_merged")).unwrap();
+    let compared = compare("simo", &TensorFile::open(&output).unwrap(), &expected, "");
+    assert_eq!(compared, expected.directory.tensors.len());
+    // Another number of layers is another model.
+    for lines in [paths[1..].to_vec(), [&paths[..], &["unet.a"]].concat()] {
+        std::fs::write(&table, lines.join("\n")).unwrap();
+        let order = Some(Order::read(table.to_str().unwrap()).unwrap());
+        let read = ReadOptions {
+            order,
+            ..ReadOptions::default()
+        };
+        assert_eq!(open().read(&read).unwrap_err().kind(), Kind::Malformed);
+    }
+    for bad in ["down_blocks.0.a", "unet."] {
+        std::fs::write(&table, bad).unwrap();
+        assert_eq!(
+            Order::read(table.to_str().unwrap()).unwrap_err().kind(),
+            Kind::Usage
+        );
+    }
+}
+
+#[test]
+fn a_file_of_cloneofsimo_goes_to_diffusers_and_back() {
+    let Some(adapters) = crate::real_adapters::folder() else {
+        return;
+    };
+    let order = Some(Order::read("sd1").unwrap());
+    let room = tempfile::tempdir().unwrap();
+    let from = adapters.join("simo-disney-pti/lora_disney.safetensors");
+    let go = |from: &Path, to: &str, output: &str| {
+        let options = convert::Options {
+            adapter: from.to_owned(),
+            to: to.to_owned(),
+            output: room.path().join(output),
+            // Its two tokens.
+            allow_losses: true,
+            read: ReadOptions {
+                order: order.clone(),
+                ..ReadOptions::default()
+            },
+            ..convert::Options::default()
+        };
+        let report = convert::plan(&options)
+            .unwrap()
+            .run(&Control::default())
+            .unwrap();
+        assert_eq!(report.modules, 144 + 48, "{to}");
+        options.output
+    };
+    let there = go(&from, "diffusers", "there.safetensors");
+    let back = go(&there, "simo", "back.safetensors");
+    let ours = bytes_of(&TensorFile::open(&back).unwrap());
+    let mut theirs = bytes_of(&TensorFile::open(&from).unwrap());
+    theirs.retain(|(name, _)| !name.starts_with('<'));
+    assert_eq!(ours, theirs);
+    let file = TensorFile::open(&there).unwrap();
+    let key = "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight";
+    assert_eq!(file.tensor(key).unwrap().shape, [1, 768]);
+    let list = adapters.join("simo-kiriko2-te-list-pt/lora_kiriko2.text_encoder.pt");
+    let read = ReadOptions {
+        order,
+        ..ReadOptions::default()
+    };
+    let adapter = Found::open(&list).unwrap().read(&read).unwrap();
+    assert_eq!(adapter.modules.len(), 48);
+    let path = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj";
+    assert_eq!(adapter.modules[0].path, path);
 }
 
 fn stored(dtype: DType, shape: &[usize], bytes: Vec<u8>) -> Stored {

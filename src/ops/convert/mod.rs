@@ -267,6 +267,7 @@ fn write(
         family,
         denoiser,
         metadata,
+        order: options.read.order.as_ref(),
         prefix: options.prefix.as_deref(),
         attention: names::heads(adapter, base),
     };
