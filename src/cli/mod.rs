@@ -94,6 +94,7 @@ impl Common {
             allow_unknown_config: self.allow_unknown_config.clone(),
             alpha: self.adapter_alpha,
             order: self.order.as_deref().map(Order::read).transpose()?,
+            ..ReadOptions::default()
         })
     }
 }

@@ -117,7 +117,7 @@ impl Writer for Bfl {
             if named.path == WIDENED
                 && paddings.any(|padding| padding.path == item && padding.shape == shape)
             {
-                written.widened.insert(item.to_owned());
+                written.said.insert(item.to_owned());
             }
         }
         written.lose_rest(draft);

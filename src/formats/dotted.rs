@@ -202,7 +202,7 @@ fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
     if let Some(padding) = paddings.find(|padding| padding.path == module.path) {
         let shape = sizes(&padding.tensor, &padding.shape);
         written.put_as_is(key("reshape_weight"), &shape);
-        written.widened.insert(padding.path.clone());
+        written.said.insert(padding.path.clone());
     }
     let Some(bias) = module.get(lora::BIAS) else {
         return kohya::suffixed(draft, named, written, key);

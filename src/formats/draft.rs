@@ -92,8 +92,8 @@ pub struct Written {
     pub losses: Vec<Loss>,
     /// What was multiplied into the factors, and whether that rounds.
     pub folded: Vec<Loss>,
-    /// Modules whose weights are said to be widened.
-    pub widened: BTreeSet<String>,
+    /// What is said besides modules: paths of widened weights, names of unused tensors.
+    pub said: BTreeSet<String>,
     /// What is odd about the result.
     pub notices: Vec<Notice>,
 }
@@ -135,7 +135,7 @@ impl Written {
     /// Notes weights that are widened as lost.
     pub(super) fn lose_paddings(&mut self, draft: &Draft<'_>) {
         for padding in &draft.adapter.paddings {
-            if !self.widened.contains(&padding.path) {
+            if !self.said.contains(&padding.path) {
                 self.lose(&*padding.path, "a weight that is widened with zeros");
             }
         }
@@ -159,7 +159,9 @@ impl Written {
         if !adapter.replication.is_empty() {
             self.lose("layer_replication", "repeated layers");
         }
-        for tensor in &adapter.unused {
+        let said = std::mem::take(&mut self.said);
+        let unused = adapter.unused.iter();
+        for tensor in unused.filter(|tensor| !said.contains(&tensor.name)) {
             self.lose(&*tensor.name, "state without a part in the weights");
         }
     }

@@ -88,6 +88,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &litgpt::Litgpt,
     &loralib::Loralib,
     &textual_inversion::TextualInversion,
+    &textual_inversion::WebUi,
     &spellings::HOME_MADE,
 ];
 
@@ -98,6 +99,8 @@ pub struct ReadOptions {
     pub allow_unknown_config: Vec<String>,
     /// The numerator of the scale of adapters whose files do not state it.
     pub alpha: Option<f64>,
+    /// Reads vectors for the input as unused tensors, which can be written again and never merged.
+    pub carry_vectors: bool,
     /// Which layers the numbers of cloneofsimo's files mean.
     pub order: Option<Order>,
 }

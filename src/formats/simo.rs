@@ -276,6 +276,9 @@ fn check(part: &str, found: usize, wanted: usize) -> Result<()> {
     Err(Error::new(Reason::FieldValue { problem }))
 }
 
+/// What the metadata say of a token (`EMBED_FLAG`).
+const EMBEDDING: &str = "<embed>";
+
 /// What `<s1>` is beside factors.
 const VECTORS: &str = "vectors of a new token, which are not merged";
 
@@ -354,6 +357,13 @@ impl Writer for Numbered {
                     .metadata
                     .push((format!("{part}:{number}:rank"), rank));
             }
+        }
+        let tokens = draft.adapter.unused.iter();
+        for tensor in tokens.filter(|tensor| tensor.name.starts_with('<')) {
+            let name = tensor.name.clone();
+            written.metadata.push((name.clone(), EMBEDDING.to_owned()));
+            written.put(draft, name.clone(), tensor);
+            written.said.insert(name);
         }
         written.lose_rest(draft);
         Ok(written)

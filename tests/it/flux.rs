@@ -427,3 +427,82 @@ fn the_base_that_a_file_states_decides_among_families_that_fit() {
         }
     }
 }
+
+#[test]
+fn a_file_is_its_own_conversion() {
+    for (adapter, to) in [
+        ("bfl-control", "bfl"),
+        ("xlabs", "xlabs"),
+        ("kohya", "kohya"),
+        ("onetrainer-original", "onetrainer-original"),
+        ("onetrainer-legacy", "onetrainer"),
+        ("diffusers", "diffusers"),
+    ] {
+        let room = tempfile::tempdir().unwrap();
+        let output = room.path().join("converted.safetensors");
+        convert(&file(adapter), to, &output, Options::default()).unwrap();
+        assert_eq!(tensors(&output), tensors(&file(adapter)), "{adapter}");
+    }
+}
+
+fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let tensors = TensorFile::open(path).unwrap().directory.tensors;
+    let read = |tensor: loratool::tensor::Tensor| {
+        let bytes = tensor.bytes().unwrap().into_owned();
+        (tensor.name, (tensor.shape, bytes))
+    };
+    tensors.into_iter().map(read).collect()
+}
+
+#[test]
+fn vectors_of_tokens_go_from_one_spelling_to_the_other_and_nowhere_else() {
+    let room = tempfile::tempdir().unwrap();
+    let path = |name: &str| room.path().join(name);
+    let vectors = || crate::oracle::Stored::of(loratool::tensor::DType::F32, &[2, 3], &[1.0; 6]);
+    let token = path("cat.safetensors");
+    crate::support::write_safetensors(&token, &[("emb_params", vectors())]);
+    let go = |from: &Path, to: &str, name: &str| {
+        convert(from, to, &path(name), Options::default()).map(|_| tensors(&path(name)))
+    };
+    let there = go(&token, "textual-inversion", "there.safetensors").unwrap();
+    assert_eq!(there.keys().collect::<Vec<_>>(), ["<cat>"]);
+    let back = go(
+        &path("there.safetensors"),
+        "webui-embedding",
+        "back.safetensors",
+    )
+    .unwrap();
+    assert_eq!(back, tensors(&token));
+    let same = go(&token, "webui-embedding", "same.safetensors").unwrap();
+    assert_eq!(same, back);
+    // Those of SDXL have no spelling of one file in diffusers.
+    let two = path("two.safetensors");
+    crate::support::write_safetensors(&two, &[("clip_g", vectors()), ("clip_l", vectors())]);
+    assert_eq!(
+        go(&two, "webui-embedding", "both.safetensors").unwrap(),
+        tensors(&two)
+    );
+    for (from, to) in [
+        (&two, "textual-inversion"),
+        (&token, "kohya"),
+        (&token, "peft"),
+    ] {
+        let error = go(from, to, "none").unwrap_err();
+        assert!(
+            matches!(error.reason(), Reason::Losses { .. }),
+            "{to}: {error:?}"
+        );
+    }
+    let lora = convert(
+        &file("kohya"),
+        "webui-embedding",
+        &path("none"),
+        Options::default(),
+    );
+    assert!(matches!(lora.unwrap_err().reason(), Reason::Losses { .. }));
+    let error = merge(&options(&file("base"), &token, &path("none"))).unwrap_err();
+    assert!(
+        matches!(error.reason(), Reason::InputVectors { .. }),
+        "{error:?}"
+    );
+}

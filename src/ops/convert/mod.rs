@@ -141,7 +141,10 @@ pub fn plan(options: &Options) -> Result<Plan> {
     let target = format(&options.to)?;
     let found = Found::open(&options.adapter)?;
     let source = found.format().map_or("", Format::id);
-    let mut adapter = found.read(&options.read)?;
+    let mut adapter = found.read(&ReadOptions {
+        carry_vectors: true,
+        ..options.read.clone()
+    })?;
     found.file.verify()?;
     let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
     select(&mut adapter, options)?;
