@@ -191,12 +191,7 @@ fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
     let key = |tail: &str| format!("{owner}.{tail}");
     let module = &named.module;
     if let Some(value) = module.get(replaced::VALUE) {
-        // The norms of FLUX are called `scale`, and only weights are found without their own name.
-        let parameter = match NORMS.iter().any(|norm| named.path.ends_with(norm)) {
-            true => "scale.set_weight",
-            false => "set_weight",
-        };
-        return written.put(draft, key(parameter), value);
+        return written.put(draft, key("set_weight"), value);
     }
     let mut paddings = draft.adapter.paddings.iter();
     if let Some(padding) = paddings.find(|padding| padding.path == module.path) {
@@ -212,7 +207,11 @@ fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
     rest.module
         .parameters
         .retain(|(role, _)| *role != lora::BIAS);
+    let before = written.tensors.len();
     kohya::suffixed(draft, &rest, written, key);
+    if written.tensors.len() == before {
+        return; // the factors are a loss, and told
+    }
     let by = module.scale.value;
     if by != 1.0 {
         written.folded.push(Loss {
@@ -223,7 +222,7 @@ fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
     written.put(draft, key("diff_b"), &scaled(bias, by, draft.dtype));
 }
 
-/// Norms whose weight has a name of its own in the original FLUX.
+/// Norms whose weight is called `scale` in the original FLUX, and was in ComfyUI.
 const NORMS: &[&str] = &[".query_norm", ".key_norm"];
 
 /// What stands before a path: the denoiser or a text encoder.
@@ -419,6 +418,11 @@ mod tests {
                 Some("diffusion_model.blocks.0.q"),
                 "{tail}"
             );
+        }
+        let norm = "diffusion_model.single_blocks.0.norm.key_norm";
+        for tail in ["set_weight", "scale.set_weight"] {
+            let found = parse(&format!("{norm}.{tail}"));
+            assert_eq!(found, Some((norm.to_owned(), Piece::Value)), "{tail}");
         }
         assert_eq!(parse("diffusion_model.blocks.0.q.weight"), None);
         assert_eq!(parse(".alpha"), None);

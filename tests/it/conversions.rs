@@ -222,6 +222,37 @@ fn what_is_written_for_llama_cpp_is_what_its_own_converter_writes() {
 }
 
 #[test]
+fn what_looks_like_a_part_of_a_pipeline_may_be_a_name_of_the_model() {
+    let room = tempfile::tempdir().unwrap();
+    let from = room.path().join("adapter");
+    let path = "base_model.model.transformer.h.0.attn.c_attn";
+    let factor = |shape: [usize; 2]| crate::oracle::Stored {
+        dtype: loratool::tensor::DType::F32,
+        shape: shape.to_vec(),
+        bytes: vec![0; 4 * shape[0] * shape[1]],
+    };
+    let keys = ["A", "B"].map(|factor| format!("{path}.lora_{factor}.weight"));
+    let config = serde_json::json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 2 });
+    let tensors = [(&*keys[0], factor([2, 6])), (&*keys[1], factor([18, 2]))];
+    crate::support::write_adapter(&from, &config, &tensors);
+    let output = room.path().join("again");
+    let options = Options {
+        adapter: from,
+        to: "peft".to_owned(),
+        output: output.clone(),
+        ..Options::default()
+    };
+    convert::plan(&options)
+        .unwrap()
+        .run(&Control::default())
+        .unwrap();
+    let file = TensorFile::open(output.join("adapter_model.safetensors")).unwrap();
+    let tensors = file.directory.tensors.iter();
+    let names: Vec<_> = tensors.map(|tensor| tensor.name.clone()).collect();
+    assert_eq!(names, keys);
+}
+
+#[test]
 fn names_that_stay_are_never_ambiguous() {
     let room = tempfile::tempdir().unwrap();
     let from = room.path().join("pytorch_lora_weights.safetensors");

@@ -106,7 +106,7 @@ pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'stat
     }
     let mut agreed: Option<BTreeSet<&str>> = None;
     for module in &adapter.modules {
-        let parts = split(&module.path, module.spelling == Spelling::Flattened);
+        let parts = apart(module);
         if parts.component.is_some_and(|component| component.is_text) {
             continue;
         }
@@ -147,10 +147,7 @@ pub(super) fn part(
         bad(format!("no such part; there are {}", all.join(", ")))
     })?;
     let mut modules = adapter.modules.iter();
-    let is_bare = |module: &Module| {
-        let flattened = module.spelling == Spelling::Flattened;
-        split(&module.path, flattened).component.is_none()
-    };
+    let is_bare = |module: &Module| apart(module).component.is_none();
     match modules.any(is_bare) {
         true => Ok(Some(part)),
         false => Err(bad("every name says its part already".to_owned())),
@@ -167,17 +164,17 @@ fn moved(layout: Option<Layout>, found: &Match) -> Vec<Rows> {
     }
 }
 
-/// The part of a pipeline that a module is of. Language models may have a `transformer` of their own.
+/// The part that a path names. What looks like one may be a model's own name (`transformer.h.0` of GPT-2): in the paths
+/// of whole models it is one where a family of a pipeline knows the rest.
 fn parts_of(module: &Module) -> InPart<'_> {
     let parts = split(&module.path, module.spelling == Spelling::Flattened);
     let of_pipeline = |found: &Match| found.family.layout == Layout::Original;
     let own = module.spelling == Spelling::Dotted
-        && parts.prefix == "transformer."
+        && parts.component.is_some()
         && !find(parts.path, false).iter().any(of_pipeline);
-    if own {
-        InPart::bare(&module.path)
-    } else {
-        parts
+    match own {
+        true => InPart::bare(&module.path),
+        false => parts,
     }
 }
 
