@@ -106,7 +106,7 @@ pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'stat
     }
     let mut agreed: Option<BTreeSet<&str>> = None;
     for module in &adapter.modules {
-        let parts = apart(module);
+        let parts = parts_of(module);
         if parts.component.is_some_and(|component| component.is_text) {
             continue;
         }
@@ -147,7 +147,7 @@ pub(super) fn part(
         bad(format!("no such part; there are {}", all.join(", ")))
     })?;
     let mut modules = adapter.modules.iter();
-    let is_bare = |module: &Module| apart(module).component.is_none();
+    let is_bare = |module: &Module| parts_of(module).component.is_none();
     match modules.any(is_bare) {
         true => Ok(Some(part)),
         false => Err(bad("every name says its part already".to_owned())),
