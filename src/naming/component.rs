@@ -197,17 +197,17 @@ impl Flattened {
     }
 
     /// Every weight that a flattened path can mean; one without a prefix means none.
-    pub(super) fn find(&self, path: InPart<'_>) -> BTreeSet<&str> {
+    pub(super) fn find(&self, path: InPart<'_>, roots: &[&'static str]) -> BTreeSet<&str> {
         let mut found = BTreeSet::new();
         if path.component.is_none() {
             return found;
         }
-        for root in path.roots() {
+        for root in roots {
             for rest in path.spellings(true) {
                 let names = self.names.get(&(flat(root) + &rest)).into_iter().flatten();
                 // A dot of the root is a dot of the name.
                 let names = names.map(String::as_str);
-                found.extend(names.filter(|name| name.starts_with(root)));
+                found.extend(names.filter(|name| name.starts_with(*root)));
             }
         }
         found

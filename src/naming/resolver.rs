@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::OnceLock;
 
 use super::component::{self, Flattened, InPart};
-use super::families::transformers::prefixed;
+use super::families::transformers::{PREFIXES, prefixed};
 use super::families::{self, Match, Side};
 use super::rows::Rows;
 
@@ -69,6 +69,8 @@ pub struct Resolver {
     architecture: Option<String>,
     /// Made when the first flattened name is asked for.
     flattened: OnceLock<Flattened>,
+    /// What names may start with, of prefixes and roots; made when first asked for.
+    starts: OnceLock<HashSet<&'static str>>,
 }
 
 impl Resolver {
@@ -78,6 +80,7 @@ impl Resolver {
             names: names.into_iter().map(Into::into).collect(),
             architecture: None,
             flattened: OnceLock::new(),
+            starts: OnceLock::new(),
         }
     }
 
@@ -96,7 +99,7 @@ impl Resolver {
             Spelling::InComponent => self.in_part(path, parts),
             Spelling::Flattened => {
                 let flattened = self.flattened.get_or_init(|| Flattened::new(&self.names));
-                let found = flattened.find(parts).into_iter();
+                let found = flattened.find(parts, &self.roots(parts)).into_iter();
                 one_list(found.map(|name| vec![Place::whole(name)]).collect())
             }
         };
@@ -142,7 +145,7 @@ impl Resolver {
         let mut found = BTreeSet::new();
         let whole = ends.iter().filter(|(_, m)| m.row.rows == Rows::Whole);
         let renamed = whole.map(|(head, m)| format!("{head}{}", m.renamed()));
-        for path in prefixed(path).chain(renamed) {
+        for path in prefixed(path, families::may_start).chain(renamed) {
             let parts = component::split(&path, false);
             self.in_families(parts, false, parameter, &mut found);
             if parts.component.is_some() {
@@ -159,12 +162,13 @@ impl Resolver {
             return Resolution::Exact(vec![Place::whole(name)]);
         }
         let mut found = BTreeSet::new();
-        for path in prefixed(path) {
+        let occurs = |prefix: &str| self.occurs(prefix);
+        for path in prefixed(path, occurs) {
             let named = self.named(&path, parameter);
             found.extend(named.map(|name| vec![Place::whole(name)]));
         }
         for (head, matched) in ends {
-            for head in prefixed(head) {
+            for head in prefixed(head, occurs) {
                 found.extend(self.matched(&head, matched, parameter));
             }
         }
@@ -197,7 +201,7 @@ impl Resolver {
             return Resolution::Exact(vec![Place::whole(name)]);
         }
         let mut found = BTreeSet::new();
-        for root in parts.roots() {
+        for root in self.roots(parts) {
             for path in parts.spellings(false) {
                 let named = self.named(&format!("{root}{path}"), "weight");
                 found.extend(named.map(|name| vec![Place::whole(name)]));
@@ -222,8 +226,13 @@ impl Resolver {
                 Some(own) if found.family.layout.of_language_models() => found.family.name == own,
                 _ => true,
             });
+        let matches: Vec<Match> = matches.collect();
+        if matches.is_empty() {
+            return;
+        }
+        let roots = self.roots(parts);
         for matched in matches {
-            for root in parts.roots() {
+            for root in &roots {
                 found.extend(self.matched(root, &matched, parameter));
             }
         }
@@ -274,6 +283,23 @@ impl Resolver {
                 let is_norm = parameter == "weight" && path.ends_with("_norm");
                 is_norm.then(|| self.has(join(path, "scale"))).flatten()
             })
+    }
+
+    /// Where this base may keep a part.
+    fn roots(&self, parts: InPart<'_>) -> Vec<&'static str> {
+        let roots = parts.roots().into_iter();
+        roots.filter(|root| self.occurs(root)).collect()
+    }
+
+    /// Whether any name starts so.
+    fn occurs(&self, start: &str) -> bool {
+        let starts = self.starts.get_or_init(|| {
+            let roots = InPart::bare("").roots().into_iter();
+            let all = roots.chain(PREFIXES.iter().copied());
+            let occurs = |start: &&str| self.names.iter().any(|name| name.starts_with(start));
+            all.filter(occurs).collect()
+        });
+        starts.contains(start)
     }
 
     fn has(&self, name: String) -> Option<String> {

@@ -4,7 +4,7 @@
 //! number, and the part of the other's rows that the hub's layer is. What transformers itself changed
 //! is a list of its own (`transformers`), because it holds behind any prefix.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::iter;
 use std::sync::LazyLock;
 
@@ -349,19 +349,25 @@ impl Match {
 
 /// Every row that a path fits, dotted or with every dot written as `_`.
 pub fn find(path: &str, flattened: bool) -> Vec<Match> {
-    static ALL: LazyLock<Index> = LazyLock::new(|| Index::new(FAMILIES));
     ALL.find(path, flattened)
 }
+
+/// Whether any name of a family may start so.
+pub(super) fn may_start(prefix: &str) -> bool {
+    prefix.is_empty() || ALL.firsts.contains(first(prefix))
+}
+
+static ALL: LazyLock<Index> = LazyLock::new(|| Index::new(FAMILIES));
 
 /// Every row that the end of a path fits, of those that transformers 4 and 5 name differently, and what
 /// stands before it.
 pub(super) fn ends(path: &str) -> Vec<(&str, Match)> {
-    static ALL: LazyLock<Index> = LazyLock::new(|| Index::new(transformers::TRANSFORMERS));
+    static ENDS: LazyLock<Index> = LazyLock::new(|| Index::new(transformers::TRANSFORMERS));
     const SEGMENTS: usize = 6; // of the longest name
     let starts = path.rmatch_indices('.').map(|(at, _)| at + 1);
     let splits = starts.chain(iter::once(0)).take(SEGMENTS);
     let all = splits.map(|at| path.split_at(at));
-    all.flat_map(|(head, end)| ALL.find(end, false).into_iter().map(move |m| (head, m)))
+    all.flat_map(|(head, end)| ENDS.find(end, false).into_iter().map(move |m| (head, m)))
         .collect()
 }
 
@@ -370,14 +376,20 @@ struct Entry {
     rows: &'static [Row],
     row: &'static Row,
     side: Side,
+    /// What stands for numbers in the name: stars, or numbers of its own.
+    numbers: Vec<String>,
 }
 
 /// The rows of families by their patterns.
-struct Index(HashMap<String, Vec<Entry>>);
+struct Index {
+    patterns: HashMap<String, Vec<Entry>>,
+    /// What patterns start with, up to a dot or underscore: most paths are none of them.
+    firsts: HashSet<String>,
+}
 
 impl Index {
     fn new(families: &'static [Family]) -> Self {
-        let mut index = HashMap::<String, Vec<Entry>>::new();
+        let mut patterns = HashMap::<String, Vec<Entry>>::new();
         for family in families {
             // Made once for the life of the program.
             let rows: &'static [Row] = Vec::leak((family.rows)());
@@ -387,28 +399,34 @@ impl Index {
                     if side == Side::Other && matches!(row.rows, Rows::Expert { .. }) {
                         continue;
                     }
-                    let (pattern, _) = wildcards(name);
-                    index.entry(pattern).or_default().push(Entry {
+                    let (pattern, numbers) = wildcards(name);
+                    let numbers = numbers.into_iter().map(str::to_owned).collect();
+                    patterns.entry(pattern).or_default().push(Entry {
                         family,
                         rows,
                         row,
                         side,
+                        numbers,
                     });
                 }
             }
         }
-        Index(index)
+        let firsts = patterns.keys().map(|pattern| first(pattern).to_owned());
+        Index {
+            firsts: firsts.collect(),
+            patterns,
+        }
     }
 
     fn find(&self, path: &str, flattened: bool) -> Vec<Match> {
-        if path.len() > LONGEST {
+        if path.len() > LONGEST || !self.firsts.contains(first(path)) {
             return Vec::new();
         }
         let (pattern, found) = wildcards(path);
-        let entries = self.0.get(&pattern).into_iter().flatten();
+        let entries = self.patterns.get(&pattern).into_iter().flatten();
         let fits = |entry: &Entry| {
             let name = entry.row.name(entry.side);
-            let numbers = numbers(name, &found)?;
+            let numbers = numbers(&entry.numbers, &found)?;
             let name = fill(name, &numbers);
             let same = match flattened {
                 true => name.replace('.', "_") == path,
@@ -424,6 +442,10 @@ impl Index {
         };
         entries.filter_map(fits).collect()
     }
+}
+
+fn first(name: &str) -> &str {
+    name.split(['.', '_']).next().unwrap_or(name)
 }
 
 /// A name with every number between dots or underscores replaced by `*`, and those numbers.
@@ -444,11 +466,10 @@ fn wildcards(name: &str) -> (String, Vec<&str>) {
 }
 
 /// The numbers of a path at the places where a pattern has `*`; elsewhere they must be the same.
-fn numbers(pattern: &str, found: &[&str]) -> Option<Vec<String>> {
-    let (_, wanted) = wildcards(pattern);
+fn numbers(wanted: &[String], found: &[&str]) -> Option<Vec<String>> {
     let mut numbers = Vec::new();
     for (wanted, found) in wanted.iter().zip(found) {
-        match *wanted == "*" {
+        match wanted == "*" {
             true => numbers.push((*found).to_owned()),
             false if wanted == found => {}
             false => return None,

@@ -109,7 +109,7 @@ fn attention(hub: &str, other: &str) -> Vec<Row> {
 }
 
 /// What differs in front of the names of one model: wrappers, and the name of the model in a larger one.
-const PREFIXES: &[&str] = &[
+pub(in crate::naming) const PREFIXES: &[&str] = &[
     "",
     "model.",
     "model.model.",
@@ -148,14 +148,18 @@ const PREFIXES: &[&str] = &[
 /// Ends of prefixes that name a part of a model, where the others only wrap the whole.
 const TOWERS: &[&str] = &["text_model.", "vision_model.", "decoder."];
 
-/// A path under every prefix that may stand for its own, itself first.
-pub(in crate::naming) fn prefixed(path: &str) -> impl Iterator<Item = String> {
-    let others = PREFIXES.iter().filter_map(|old| {
+/// A path under every prefix that may stand for its own and is wanted, itself first.
+pub(in crate::naming) fn prefixed<'a>(
+    path: &'a str,
+    wanted: impl Fn(&str) -> bool + Copy + 'a,
+) -> impl Iterator<Item = String> + 'a {
+    let others = PREFIXES.iter().filter_map(move |old| {
         let rest = path.strip_prefix(old)?;
         // The towers of one model are not spellings of each other.
         let own = tower(old);
-        let fits =
-            move |new: &&&str| own.is_none() || tower(new).is_none_or(|new| own == Some(new));
+        let fits = move |new: &&&str| {
+            wanted(new) && (own.is_none() || tower(new).is_none_or(|new| own == Some(new)))
+        };
         let spelled = PREFIXES.iter().filter(fits);
         Some(spelled.map(move |new| format!("{new}{rest}")))
     });
