@@ -387,6 +387,11 @@ impl Error {
         &self.0.cases
     }
 
+    /// All cases, where nothing else of the error is wanted any more.
+    pub(crate) fn into_cases(self) -> Vec<String> {
+        self.0.cases
+    }
+
     /// What to do next.
     pub fn hint(&self) -> Option<&str> {
         self.0.hint.as_deref().or_else(|| self.0.reason.hint())

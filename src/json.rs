@@ -277,8 +277,12 @@ fn repeated<T>(entries: &[(String, T)]) -> Option<String> {
     keys.find(|key| !seen.insert(key.as_str())).cloned()
 }
 
-/// A map of text to text (the metadata of a safetensors header) with each key once.
-pub(crate) struct TextMap<'a>(pub(crate) &'a Budget);
+/// A map of text to text (the metadata of a safetensors header) with each key once; the function counts
+/// their bytes.
+pub(crate) struct TextMap<'a>(
+    pub(crate) &'a Budget,
+    pub(crate) &'a mut dyn FnMut(usize) -> Result<(), Reason>,
+);
 
 impl<'de> DeserializeSeed<'de> for TextMap<'_> {
     type Value = Vec<(String, String)>;
@@ -306,8 +310,9 @@ impl<'de> Visitor<'de> for TextMap<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries: Vec<(String, String)> = Vec::new();
-        while let Some(entry) = map.next_entry()? {
+        while let Some(entry) = map.next_entry::<String, String>()? {
             self.0.spend("metadata entries")?;
+            (self.1)(entry.0.len() + entry.1.len()).map_err(|reason| self.0.stop(reason))?;
             entries.push(entry);
         }
         match repeated(&entries) {

@@ -139,12 +139,13 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
         Command::Man(command) => (false, command.run(Cli::command())),
     };
     result.unwrap_or_else(|error| {
+        Stderr::new().error(&error);
+        let code = error.kind().exit_code();
         if json {
-            let problem = loratool::ops::inspect::Problem::of(&error);
+            let problem = loratool::ops::inspect::Problem::of(error);
             render::json(&serde_json::json!({ "schema": 1, "error": problem }));
         }
-        Stderr::new().error(&error);
-        error.kind().exit_code()
+        code
     })
 }
 

@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::{Container, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer};
+use super::{Container, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer, count_text};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{Blocks, DType, Tensor, elements};
@@ -312,6 +312,8 @@ struct Reader<'a> {
     /// Where the buffer starts in the file.
     start: u64,
     elements_left: usize,
+    /// Bytes of names and metadata so far.
+    text: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -322,6 +324,7 @@ impl<'a> Reader<'a> {
             buffer: Vec::new(),
             start: 0,
             elements_left: ELEMENT_LIMIT,
+            text: 0,
         }
     }
 
@@ -392,10 +395,13 @@ impl<'a> Reader<'a> {
     fn text_of(&mut self, length: u64) -> Result<String> {
         let at = self.at;
         let bytes = if length <= PIECE {
-            self.bytes(length)?.to_vec()
+            let bytes = self.bytes(length)?.to_vec();
+            count_text(&mut self.text, bytes.len()).map_err(Error::new)?;
+            bytes
         } else {
             // Past the buffer: a long text is in memory once.
             self.skip(length)?;
+            count_text(&mut self.text, length as usize).map_err(Error::new)?;
             let mut bytes = vec![0; length as usize];
             self.input.read_at(&mut bytes, at)?;
             bytes

@@ -96,6 +96,24 @@ const DIMENSION_LIMIT: usize = 8;
 /// Longest name of a tensor, in bytes.
 const NAME_LIMIT: usize = 4096;
 
+/// Most bytes of all names and metadata of a file together; those of dictionaries and lists count.
+const TEXT_LIMIT: usize = 32 << 20;
+
+/// Counts names and metadata.
+///
+/// # Errors
+/// [`Reason::TooMany`].
+fn count_text(sum: &mut usize, bytes: usize) -> Result<(), Reason> {
+    *sum = sum.saturating_add(bytes);
+    match *sum <= TEXT_LIMIT {
+        true => Ok(()),
+        false => Err(Reason::TooMany {
+            what: "bytes of names and metadata",
+            limit: TEXT_LIMIT,
+        }),
+    }
+}
+
 /// Every container, in the order they are asked.
 pub static CONTAINERS: &[&dyn Container] = &[
     &safetensors::Safetensors,

@@ -96,6 +96,7 @@ impl Container for Npy {
         let mut memory_left = MEMORY_LIMIT;
         let tensor = if header.fortran {
             spend(&mut memory_left, length)?;
+            spend(&mut memory_left, length)?; // the elements in order
             let bytes = input.read_all(length)?;
             header.tensor(ONLY, &input, 0, length, Some(bytes))?
         } else {
@@ -158,6 +159,9 @@ fn open_member(archive: &Archive, member: &Member, memory_left: &mut u64) -> Res
     if member.deflated {
         let bytes = archive.bytes(member, memory_left)?;
         let header = Header::read(&bytes, member.size)?;
+        if header.fortran {
+            spend(memory_left, member.size)?;
+        }
         return header.tensor(name, input, member.start, member.size, Some(bytes));
     }
     let mut head = vec![0; member.size.min(HEADER_LIMIT + 12) as usize];
@@ -170,6 +174,7 @@ fn open_member(archive: &Archive, member: &Member, memory_left: &mut u64) -> Res
     }
     let header = Header::read(&head, member.size)?;
     if header.fortran {
+        spend(memory_left, member.size)?; // the elements in order
         let bytes = archive.bytes(member, memory_left)?;
         return header.tensor(name, input, member.start, member.size, Some(bytes));
     }

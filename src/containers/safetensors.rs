@@ -12,7 +12,10 @@ use std::sync::Arc;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::{Container, DIMENSION_LIMIT, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer};
+use super::{
+    Container, DIMENSION_LIMIT, Directory, Entry, Header, NAME_LIMIT, TensorFile, Writer,
+    count_text,
+};
 use crate::error::{Error, Reason, Result};
 use crate::json::{Budget, TextMap};
 use crate::mapped::Input;
@@ -215,6 +218,8 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
         let mut entries = Vec::new();
         let mut metadata = Vec::new();
         let mut seen = HashSet::new();
+        let mut text = 0;
+        let mut count = |bytes| count_text(&mut text, bytes);
         while let Some(key) = map.next_key::<String>()? {
             self.0.spend("tensors")?;
             if key.len() > NAME_LIMIT {
@@ -224,11 +229,12 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
                 };
                 return Err(self.0.stop(reason));
             }
+            count(key.len()).map_err(|reason| self.0.stop(reason))?;
             if !seen.insert(key.clone()) {
                 return Err(self.0.stop(Reason::DuplicateKey { key }));
             }
             if key == "__metadata__" {
-                metadata = map.next_value_seed(TextMap(self.0))?;
+                metadata = map.next_value_seed(TextMap(self.0, &mut count))?;
             } else {
                 entries.push((key, map.next_value()?));
             }

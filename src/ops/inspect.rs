@@ -169,13 +169,13 @@ pub struct Problem {
 
 impl Problem {
     /// An error as a value that serialises.
-    pub fn of(error: &Error) -> Self {
+    pub fn of(error: Error) -> Self {
         Problem {
             kind: error.kind().name().to_owned(),
             exit_code: error.kind().exit_code(),
             text: error.to_string(),
-            cases: error.cases().to_vec(),
             hint: error.hint().map(str::to_owned),
+            cases: error.into_cases(),
         }
     }
 }
@@ -306,7 +306,7 @@ pub(super) fn of_tensors(
                     .notices
                     .push(Notice::new(NoticeKind::NotMergeable, text));
             }
-            inspection.problem = Some(Problem::of(&error));
+            inspection.problem = Some(Problem::of(error));
             Ok((inspection, None))
         }
     }
@@ -322,7 +322,7 @@ fn conversions(adapter: &Adapter, options: &Options) -> Result<Vec<Conversion>> 
         let found = convert::outlook(adapter, target, base.as_ref(), options.family.as_deref());
         let (losses, folded, problem) = match found {
             Ok((losses, folded)) => (losses, folded, None),
-            Err(error) => (Vec::new(), Vec::new(), Some(Problem::of(&error))),
+            Err(error) => (Vec::new(), Vec::new(), Some(Problem::of(error))),
         };
         Ok(Conversion {
             to: to.clone(),

@@ -307,7 +307,7 @@ fn what_is_long_and_asked_for_often_is_looked_at_once() {
     assert_reason!(
         error,
         Reason::TooMany {
-            what: "bytes of names",
+            what: "bytes of names and metadata",
             ..
         }
     );

@@ -29,6 +29,8 @@ mod laws;
 mod llm_formats;
 mod llm_goldens;
 mod lycoris;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod memory;
 mod mlx;
 mod names;
 mod oracle;

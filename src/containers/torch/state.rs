@@ -7,7 +7,7 @@ use super::beyond_memory;
 use super::pickle::{Global, Object, Pickle, Value, View};
 use crate::containers::safetensors::TENSOR_LIMIT;
 use crate::containers::strided::gather;
-use crate::containers::{Directory, NAME_LIMIT};
+use crate::containers::{Directory, NAME_LIMIT, count_text};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
 use crate::tensor::{DType, Tensor, elements};
@@ -17,9 +17,6 @@ const DEPTH_LIMIT: usize = 64;
 
 /// Most values that are looked at; shared ones count each time.
 const VALUE_LIMIT: usize = 1_000_000;
-
-/// Most bytes of all names and metadata together; those of dictionaries and lists count.
-const TEXT_LIMIT: usize = 32 << 20;
 
 /// Longest text that becomes metadata.
 const SMALL: usize = 4096;
@@ -183,14 +180,7 @@ impl Walk<'_> {
     }
 
     fn count_text(&mut self, bytes: usize) -> Result<()> {
-        self.text += bytes;
-        if self.text > TEXT_LIMIT {
-            return Err(Error::new(Reason::TooMany {
-                what: "bytes of names",
-                limit: TEXT_LIMIT,
-            }));
-        }
-        Ok(())
+        count_text(&mut self.text, bytes).map_err(Error::new)
     }
 
     /// A value without tensors becomes metadata.
