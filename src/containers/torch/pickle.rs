@@ -297,14 +297,8 @@ impl<'a> Machine<'a> {
                 let value = self.number(4)? as u32 as i32;
                 self.stack.push(Value::Int(value.into()));
             }
-            0x8a => {
-                let length = self.number(1)?;
-                self.long(length)?;
-            }
-            0x8b => {
-                let length = self.number(4)?;
-                self.long(length)?;
-            }
+            0x8a => self.long(1)?,
+            0x8b => self.long(4)?,
             b'G' => {
                 let value = f64::from_bits(self.number(8)?.swap_bytes());
                 self.stack.push(Value::Float(value));
@@ -343,23 +337,13 @@ impl<'a> Machine<'a> {
                 self.put_items(items)?;
             }
             // BINPUT, LONG_BINPUT, MEMOIZE
-            b'q' => {
-                let place = self.number(1)?;
-                self.remember(place)?;
-            }
-            b'r' => {
-                let place = self.number(4)?;
+            b'q' | b'r' => {
+                let place = self.number(if instruction == b'q' { 1 } else { 4 })?;
                 self.remember(place)?;
             }
             0x94 => self.remember(self.memo.len() as u64)?,
-            b'h' => {
-                let place = self.number(1)?;
-                self.recall(place)?;
-            }
-            b'j' => {
-                let place = self.number(4)?;
-                self.recall(place)?;
-            }
+            b'h' => self.recall(1)?,
+            b'j' => self.recall(4)?,
             b'c' => {
                 let module = self.line()?;
                 let name = self.line()?;
@@ -459,7 +443,8 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn long(&mut self, length: u64) -> Result<()> {
+    fn long(&mut self, size: u64) -> Result<()> {
+        let length = self.number(size)?;
         let taken = self.take(length)?;
         if taken.len() > 16 {
             return self.wrong("an integer of more than 16 bytes");
@@ -563,7 +548,8 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn recall(&mut self, place: u64) -> Result<()> {
+    fn recall(&mut self, size: u64) -> Result<()> {
+        let place = self.number(size)?;
         match self.memo.get(&place) {
             Some(value) => self.stack.push(*value),
             None => return self.wrong("it refers to what it has not defined"),
