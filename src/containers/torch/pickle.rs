@@ -349,14 +349,7 @@ impl<'a> Machine<'a> {
                 let name = self.line()?;
                 self.global(module, name)?;
             }
-            0x93 => {
-                let (name, module) = (self.pop()?, self.pop()?);
-                let (Some(module), Some(name)) = (self.pickle.text(module), self.pickle.text(name))
-                else {
-                    return self.wrong("a name is no text");
-                };
-                self.global(module, name)?;
-            }
+            0x93 => self.global_of_texts()?,
             b'Q' => {
                 let id = self.pop()?;
                 self.storage(id)?;
@@ -567,6 +560,14 @@ impl<'a> Machine<'a> {
         };
         self.stack.push(Value::Global(*global));
         Ok(())
+    }
+
+    fn global_of_texts(&mut self) -> Result<()> {
+        let (name, module) = (self.pop()?, self.pop()?);
+        match (self.pickle.text(module), self.pickle.text(name)) {
+            (Some(module), Some(name)) => self.global(module, name),
+            _ => self.wrong("a name is no text"),
+        }
     }
 
     /// A persistent id: `('storage', class, key, device, count)`, and in old files a view of it.
