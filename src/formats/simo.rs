@@ -5,16 +5,17 @@
 //! walked through, depth first through the modules of the diffusers of its time, below parents of the classes that the
 //! metadata list. The file does not say which layers these are. No α: the scale is 1.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use super::draft::{Draft, Writer, Written};
+use super::draft::{Draft, Named, Writer, Written};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::textual_inversion;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::Adapter;
 use crate::error::{Error, Reason, Result};
+use crate::mapped::Input;
 use crate::naming::families::Layout;
 use crate::naming::{Spelling, component};
 
@@ -34,22 +35,18 @@ impl Order {
     /// The table of a name (`sd1`), or of a file with a path on each line.
     ///
     /// # Errors
-    /// What reading the file gives, [`Reason::BadOption`] for lines that are no path behind the name of a part, and
+    /// What reading the file gives, [`Reason::NotUtf8`], [`Reason::BadOption`] for lines that are no path behind the name of a part, and
     /// [`Reason::TooMany`].
     pub fn read(text: &str) -> Result<Self> {
         if text == SD1 {
             return Ok(Order(sd1()));
         }
         let path = Path::new(text);
-        let length = std::fs::metadata(path)
-            .map_err(|e| Error::io(Reason::Open, e).in_file(path))?
-            .len();
-        if length > BYTES_LIMIT {
-            let (bytes, limit) = (length, BYTES_LIMIT);
-            return Err(Error::new(Reason::FileTooLarge { bytes, limit }).in_file(path));
-        }
-        let text =
-            std::fs::read_to_string(path).map_err(|e| Error::io(Reason::Read, e).in_file(path))?;
+        let bytes = Input::open(path)?.read_all(BYTES_LIMIT)?;
+        let text = String::from_utf8(bytes).map_err(|e| {
+            let at = e.utf8_error().valid_up_to();
+            Error::new(Reason::NotUtf8 { at }).in_file(path)
+        })?;
         Self::parse(&text).map_err(|e| e.in_file(path))
     }
 
@@ -80,6 +77,11 @@ impl Order {
 fn part(layer: &str) -> &str {
     let parts = component::split(layer, false);
     parts.prefix.trim_end_matches('.')
+}
+
+/// The path in a text encoder, whose first name transformers 5 leaves out.
+fn bare(path: &str) -> &str {
+    path.strip_prefix("text_model.").unwrap_or(path)
 }
 
 /// In the order in which `UNet2DConditionModel` of diffusers 0.9 to 0.14 makes its modules (the middle block after
@@ -307,23 +309,23 @@ impl Writer for Numbered {
             name: "lora_weight.safetensors",
             ..Written::default()
         };
-        let mut parts: BTreeMap<&str, Vec<(usize, &super::Named)>> = BTreeMap::new();
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut numbers: HashMap<(&str, &str), usize> = HashMap::new();
+        for layer in &order.0 {
+            let name = part(layer);
+            let number = counts.entry(name).or_default();
+            let path = bare(&layer[name.len() + 1..]);
+            numbers.entry((name, path)).or_insert(*number);
+            *number += 1;
+        }
+        let mut parts: BTreeMap<&str, Vec<(usize, &Named)>> = BTreeMap::new();
         for named in &draft.modules {
             let names = named
                 .component
                 .map_or(&[][..], |component| component.dotted);
             let place = names.iter().find_map(|prefix| {
                 let name = prefix.trim_end_matches('.');
-                let bare = named
-                    .path
-                    .strip_prefix("text_model.")
-                    .unwrap_or(&named.path);
-                let is_it = |layer: &&str| {
-                    let path = &layer[prefix.len()..];
-                    path == named.path || path.strip_prefix("text_model.") == Some(bare)
-                };
-                let number = order.of(name).iter().position(is_it)?;
-                Some((name, number))
+                Some((name, *numbers.get(&(name, bare(&named.path)))?))
             });
             match place {
                 Some((part, number)) => parts.entry(part).or_default().push((number, named)),
@@ -331,7 +333,7 @@ impl Writer for Numbered {
             }
         }
         for (part, mut layers) in parts {
-            let all = order.of(part).len();
+            let all = counts[part];
             if layers.len() != all {
                 let text = format!(
                     "{} of {all} layers of the table have factors, and all must",
