@@ -12,7 +12,7 @@ use loratool::tensor::DType;
 use loratool::{Kind, Reason};
 
 use crate::oracle::Stored;
-use crate::support::{fixture, merge, options, write_base, write_safetensors};
+use crate::support::{fixture, merge, options, write_adapter, write_base, write_safetensors};
 
 /// The numerator of every scale in these fixtures.
 const ALPHA: f64 = 6.0;
@@ -321,6 +321,51 @@ fn layers_of_a_llama_land_on_the_fused_ones_of_phi_3() {
         changed += usize::from(name.contains("qkv") && *values != fused_of(&before)[name]);
     }
     assert_eq!(changed, 2);
+    // Under torchtune's names, whose rows are those of the hub for this model; `lora` was made for another.
+    let (from, renamed) = (
+        fixture("formats/torchtune/lora"),
+        room.path().join("renamed"),
+    );
+    let file = TensorFile::open(from.join("adapter_model.pt")).unwrap();
+    let keys: Vec<(String, Stored)> = file
+        .directory
+        .tensors
+        .iter()
+        .map(|tensor| {
+            let mut key = format!("base_model.model.{}", tensor.name);
+            for (own, hub) in [
+                (".layers.", ".model.layers."),
+                (".attn.output_proj.", ".self_attn.o_proj."),
+                (".attn.", ".self_attn."),
+                (".w1.", ".gate_proj."),
+                (".w2.", ".down_proj."),
+                (".w3.", ".up_proj."),
+                (".output.", ".lm_head."),
+                (".lora_a.", ".lora_A."),
+                (".lora_b.", ".lora_B."),
+            ] {
+                key = key.replace(own, hub);
+            }
+            let (dtype, shape) = (DType::F32, tensor.shape.clone());
+            let bytes = tensor.bytes().unwrap().into_owned();
+            (
+                key,
+                Stored {
+                    dtype,
+                    shape,
+                    bytes,
+                },
+            )
+        })
+        .collect();
+    let keys: Vec<(&str, Stored)> = keys.iter().map(|(k, t)| (k.as_str(), t.clone())).collect();
+    let config = serde_json::json!({ "peft_type": "LORA", "r": 4, "lora_alpha": 6 });
+    write_adapter(&renamed, &config, &keys);
+    let expected = merged(&base, &renamed, ReadOptions::default());
+    let ours = merged(&base, &from, ReadOptions::default());
+    assert!(ours == expected);
+    let error = convert(&from, "peft", &base, &room.path().join("peft")).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unresolved);
 }
 
 /// Converts to PEFT and from there to another format, and gives what that holds.

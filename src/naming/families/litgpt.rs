@@ -1,8 +1,8 @@
 //! Language models under LitGPT's names: queries, keys and values are one layer, one kind below the other.
 //!
 //! Source: `Lightning-AI/litgpt` 0.5.13, `litgpt/scripts/convert_hf_checkpoint.py` (`copy_weights_*`,
-//! `qkv_reassemble`). Phi-3 is not here: LitGPT has parts of what is fused on the hub. Norms have no adapters
-//! there.
+//! `qkv_reassemble`). Of Phi-3 and Phi-4 LitGPT has halves of `gate_up_proj`, under the names of a Llama
+//! (`copy_weights_phi`). Norms have no adapters there.
 
 use super::{Family, Layout, Row, row, thirds_of_heads, whole};
 use crate::naming::rows::Rows;
@@ -76,6 +76,23 @@ pub(super) const PHI_LITGPT: Family = Family {
     ..LLAMA_LITGPT
 };
 
+/// Also Phi-4; the names of the halves lead to the fused layer (`transformers`).
+pub(super) const PHI3_LITGPT: Family = Family {
+    name: "phi3",
+    rows: || {
+        let mut rows = Vec::new();
+        let attention = [
+            ("self_attn.qkv_proj", "attn.qkv"),
+            ("self_attn.o_proj", "attn.proj"),
+        ];
+        whole(&mut rows, HUB, OTHER, &attention);
+        whole(&mut rows, HUB, OTHER, GATED);
+        whole(&mut rows, "", "", ENDS);
+        rows
+    },
+    ..LLAMA_LITGPT
+};
+
 /// Pythia; on the hub by head, here by kind.
 pub(super) const GPTNEOX_LITGPT: Family = Family {
     name: "gptneox",
@@ -110,17 +127,18 @@ const GATED: &[(&str, &str)] = &[
     ("mlp.down_proj", "mlp.proj"),
 ];
 
+const ENDS: &[(&str, &str)] = &[
+    ("model.embed_tokens", "transformer.wte"),
+    ("lm_head", "lm_head"),
+];
+
 fn model(output: &str, layers: &[(&str, &str)]) -> Vec<Row> {
     let mut rows = Vec::new();
     let projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
     thirds_of_heads(&mut rows, HUB, projections, &format!("{OTHER}attn.qkv"));
     whole(&mut rows, HUB, OTHER, &[(output, "attn.proj")]);
     whole(&mut rows, HUB, OTHER, layers);
-    let ends = [
-        ("model.embed_tokens", "transformer.wte"),
-        ("lm_head", "lm_head"),
-    ];
-    whole(&mut rows, "", "", &ends);
+    whole(&mut rows, "", "", ENDS);
     rows
 }
 

@@ -144,6 +144,7 @@ pub static FAMILIES: &[Family] = &[
     torchtune::GEMMA_TORCHTUNE,
     torchtune::GEMMA2_TORCHTUNE,
     torchtune::QWEN2_TORCHTUNE,
+    torchtune::PHI3_TORCHTUNE,
     litgpt::LLAMA_LITGPT,
     litgpt::QWEN2_LITGPT,
     litgpt::QWEN3_LITGPT,
@@ -153,6 +154,7 @@ pub static FAMILIES: &[Family] = &[
     litgpt::GEMMA3_LITGPT,
     litgpt::OLMO2_LITGPT,
     litgpt::PHI_LITGPT,
+    litgpt::PHI3_LITGPT,
     litgpt::GPTNEOX_LITGPT,
     litgpt::FALCON_LITGPT,
 ];

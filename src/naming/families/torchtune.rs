@@ -2,8 +2,8 @@
 //!
 //! Source: `pytorch/torchtune`, `torchtune/models/convert_weights.py` (`_FROM_HF`, `hf_to_tune`: rows of q and k are
 //! rotary pairs), `models/gemma2/_convert_weights.py` (as Llama but for norms) and
-//! `models/qwen2/_convert_weights.py` (no row moves). Phi-3 is not here: torchtune has parts of what is fused on
-//! the hub. Norms have no adapters there.
+//! `models/qwen2/_convert_weights.py` (no row moves). Of Phi-3 and Phi-4 torchtune has parts of what is fused on the
+//! hub, under the names of a Llama (`models/phi3/_convert_weights.py`). Norms have no adapters there.
 
 use super::{Family, Layout, Row, row, whole};
 use crate::naming::rows::{Heads, Rows};
@@ -30,6 +30,12 @@ pub(super) const QWEN2_TORCHTUNE: Family = Family {
     name: "qwen2",
     rows: || model(|_| Rows::Whole),
     ..LLAMA_TORCHTUNE
+};
+
+/// Also Phi-4; the names of its parts lead to the fused layers (`transformers`).
+pub(super) const PHI3_TORCHTUNE: Family = Family {
+    name: "phi3",
+    ..QWEN2_TORCHTUNE
 };
 
 fn model(rotary: fn(Heads) -> Rows) -> Vec<Row> {

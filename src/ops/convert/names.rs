@@ -458,7 +458,7 @@ impl Renaming<'_> {
             (None, Side::Other) => {
                 let absent = |part: &Match| {
                     found.family.layout.of_language_models()
-                        && self.is_absent(&part.name(Side::Hub), Spelling::Dotted)
+                        && self.is_absent_or_fused(&part.name(Side::Hub))
                 };
                 if siblings.iter().any(absent) {
                     self.absent.push(module.path.clone());
@@ -538,6 +538,22 @@ impl Renaming<'_> {
     fn is_absent(&self, path: &str, spelling: Spelling) -> bool {
         let lacks = |base: &Resolver| base.resolve(path, spelling) == Resolution::Unresolved;
         self.known.all_layers && self.resolver.as_ref().is_some_and(lacks)
+    }
+
+    /// Whether the base is known and lacks a layer of the hub, or has it as a part of another one.
+    fn is_absent_or_fused(&self, path: &str) -> bool {
+        let found = self.resolver.as_ref();
+        let found = found.map(|base| base.resolve(path, Spelling::Dotted));
+        let fused = match &found {
+            Some(Resolution::Exact(places) | Resolution::Renamed(places)) => {
+                let part = |rows| matches!(rows, Rows::Stacked(_) | Rows::Block { .. });
+                places
+                    .iter()
+                    .any(|place| !place.of_module && part(place.rows))
+            }
+            _ => false,
+        };
+        fused || self.is_absent(path, Spelling::Dotted)
     }
 
     /// The dotted path of a flattened one, as the base names it.
