@@ -554,3 +554,66 @@ fn layers_of_gpt2_change_alike_on_the_hub_and_in_llama_cpp_which_transposes_them
         assert_eq!(error.unwrap_err().kind(), loratool::Kind::Unresolved);
     }
 }
+
+/// Of torchtune and LitGPT, whose fixtures (`make_families_llm.py`) tell the rows as they lie there.
+const LANGUAGE: &[(&str, &str, Layout, usize)] = &[
+    ("llama-torchtune", "llama", Layout::Torchtune, 9),
+    ("gemma-torchtune", "gemma", Layout::Torchtune, 9),
+    ("gemma2-torchtune", "gemma2", Layout::Torchtune, 9),
+    ("qwen2-torchtune", "qwen2", Layout::Torchtune, 9),
+    ("llama-litgpt", "llama", Layout::Litgpt, 9),
+    ("mixtral-litgpt", "llama", Layout::Litgpt, 13),
+    ("gemma-litgpt", "gemma", Layout::Litgpt, 9),
+    ("gemma2-litgpt", "gemma2", Layout::Litgpt, 9),
+    ("gemma3-litgpt", "gemma3", Layout::Litgpt, 9),
+    ("qwen2-litgpt", "qwen2", Layout::Litgpt, 9),
+    ("qwen3-litgpt", "qwen3", Layout::Litgpt, 9),
+    ("qwen3moe-litgpt", "qwen3moe", Layout::Litgpt, 13),
+    ("olmo2-litgpt", "olmo2", Layout::Litgpt, 9),
+    ("phi2-litgpt", "phi2", Layout::Litgpt, 8),
+    ("phi3-litgpt", "phi3", Layout::Litgpt, 5),
+    ("gptneox-litgpt", "gptneox", Layout::Litgpt, 6),
+    ("falcon-litgpt", "falcon", Layout::Litgpt, 6),
+];
+
+#[test]
+fn torchtune_and_litgpt_have_every_row_where_their_own_converters_put_it() {
+    for (file, family, layout, count) in LANGUAGE {
+        let text = std::fs::read(fixture(&format!("families/{file}.json"))).unwrap();
+        let all: Value = serde_json::from_slice(&text).unwrap();
+        let number = |value: &Value| value.as_u64().map(|number| number as usize);
+        let attention = Attention {
+            query: number(&all["heads"][0]),
+            key: number(&all["heads"][1]),
+        };
+        let tensors = all["tensors"].as_object().unwrap();
+        assert_eq!(tensors.len(), *count, "{file}");
+        for (hub, told) in tensors {
+            // Transformers 5 has experts in a stack; these names are those of files.
+            let path = hub.strip_suffix(".weight").unwrap();
+            let found = find(path, false);
+            let is_own = |found: &&Match| {
+                let (own, side) = (found.family, found.side);
+                own.name == *family && own.layout == *layout && side == Side::Hub
+            };
+            let found: Vec<_> = found.iter().filter(is_own).collect();
+            let [found] = found.as_slice() else {
+                panic!("{file}: {hub}: {found:?}");
+            };
+            let other = told["other"].as_str().unwrap();
+            assert_eq!(
+                format!("{}.weight", found.name(Side::Other)),
+                other,
+                "{file}"
+            );
+            let height = number(&told["height"])
+                .or(number(&told["shape"][0]))
+                .unwrap();
+            let columns = number(&told["shape"][1]).unwrap();
+            let ours = found.row.rows.ranges(height, columns, attention);
+            let ours = rows_of(&ours.unwrap_or_else(|| panic!("{file}: {hub}")));
+            let told = ranges(&told["rows"]).map_or((0..height).collect(), |told| rows_of(&told));
+            assert_eq!(ours, told, "{file}: {hub}");
+        }
+    }
+}

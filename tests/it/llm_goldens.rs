@@ -374,7 +374,7 @@ fn there_and_back(from: &Path, to: &str, base: &Path) -> Tensors {
     let (peft, back) = (room.path().join("peft"), room.path().join("back"));
     convert(from, "peft", base, &peft).unwrap();
     convert(&peft, to, base, &back).unwrap();
-    tensors(&Found::open(&back).unwrap().file.input.path().to_owned())
+    tensors(Found::open(&back).unwrap().file.input.path())
 }
 
 #[test]
