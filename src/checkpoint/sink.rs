@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -579,6 +579,20 @@ impl OutputFile {
             self.advance(copied);
         }
         Ok(())
+    }
+
+    /// Replaces the first bytes by as many others.
+    ///
+    /// # Errors
+    /// [`Reason::Write`].
+    pub fn overwrite_start(&mut self, bytes: &[u8]) -> Result<()> {
+        debug_assert!(bytes.len() as u64 <= self.written);
+        let result = self.faults.before(Operation::Write).and_then(|()| {
+            self.file.seek(SeekFrom::Start(0))?;
+            self.file.write_all(bytes)?;
+            self.file.seek(SeekFrom::End(0)).map(drop)
+        });
+        result.map_err(|e| Error::io(Reason::Write, e).in_file(&self.shown))
     }
 
     /// Makes the file durable and closes it.

@@ -41,7 +41,11 @@ pub(super) struct Targets {
 }
 
 impl Targets {
-    pub(super) fn options(&self, common: &Common, base: Option<&Path>) -> loratool::Result<Options> {
+    pub(super) fn options(
+        &self,
+        common: &Common,
+        base: Option<&Path>,
+    ) -> loratool::Result<Options> {
         let all = self.to.iter().any(|to| to == "all");
         Ok(Options {
             read: common.reading()?,

@@ -224,8 +224,7 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
         key if OF_NETWORK.contains(&key) => false,
         key => key.starts_with("ss_") || key.starts_with("modelspec."),
     });
-    let mut kept: Vec<(String, String)> = kept.cloned().collect();
-    kept.sort();
+    let kept: Vec<(String, String)> = kept.cloned().collect();
     if let Some(base) = base
         && !kept.iter().any(|(key, _)| key == "ss_base_model_version")
     {
@@ -238,6 +237,7 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
     };
     metadata.push(("ss_network_module".to_owned(), module.to_owned()));
     metadata.extend(kept);
+    metadata.sort();
     metadata
 }
 

@@ -1,26 +1,26 @@
 //! From one spelling to another: read, rename, write; what the target cannot say is listed.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::merge::Control;
 use crate::adapter::{Adapter, ReplacementKind};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::sink::{Destination, OutputFile, Shape};
-use crate::containers::archive::{Archive, Checksum, Pieces};
-use crate::containers::{Entry, Header, TensorFile, safetensors};
+use crate::checkpoint::sink::{Destination, Shape};
+use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{CONFIG, Draft, FORMATS, Format, Found, Loss, ReadOptions, Written};
 use crate::naming::families::Layout;
 use crate::naming::{Resolution, Resolver, Rows};
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Choice;
-use crate::tensor::{DType, Float, Tensor};
+use crate::tensor::Float;
 
+mod file;
 mod names;
+
+use file::{Frame, Hashes};
 
 /// What to convert into what, and what to accept.
 #[derive(Clone, Debug, Default)]
@@ -186,6 +186,9 @@ pub fn plan(options: &Options) -> Result<Plan> {
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let name = twice[0].to_owned();
         return Err(Error::new(Reason::OutputNameTwice { name }).in_file(&options.adapter));
+    }
+    if written.hashes {
+        Hashes::announce(&mut written.metadata);
     }
     let frame = Frame::of(&written)?;
     let extension = Path::new(written.name).extension();
@@ -363,15 +366,8 @@ impl Plan {
     /// Those of kinds Output, Io, Changed and Interrupted; the output is then as it was.
     pub fn run(mut self, control: &Control<'_>) -> Result<Report> {
         let sink = self.destination(control)?.begin()?;
-        self.hash()?;
         let mut file = sink.create(self.written.name)?;
-        let mut output = Output {
-            tensors: &self.written.tensors,
-            bytes: self.report.bytes,
-            file: &mut file,
-            control,
-        };
-        self.frame.write(&self.written.tensors, &mut output)?;
+        file::write(&mut self.written, &self.frame, &mut file, control)?;
         let path = file.finish()?;
         if let Some(config) = &self.written.config {
             let text = serde_json::to_string_pretty(config).unwrap_or_default();
@@ -396,166 +392,5 @@ impl Plan {
         sink.publish()?;
         self.report.dry_run = false;
         Ok(self.report)
-    }
-
-    /// States the hashes of sd-scripts (`library/train_util.py`, `precalculate_safetensors_hashes`): that of everything
-    /// behind the header, and eight digits of that of 64 KiB from 1 MiB on, as if its own metadata were the only ones.
-    fn hash(&mut self) -> Result<()> {
-        if !self.written.hashes {
-            return Ok(());
-        }
-        let (mut model, mut legacy) = (Sha256::new(), Sha256::new());
-        let own = self.written.metadata.iter();
-        let own: Vec<_> = own
-            .filter(|(key, _)| key.starts_with("ss_"))
-            .cloned()
-            .collect();
-        let mut at = 0;
-        let mut pass = |bytes: &[u8]| {
-            let within = |place: usize| place.saturating_sub(at).min(bytes.len());
-            legacy.update(&bytes[within(LEGACY.start)..within(LEGACY.end)]);
-            at += bytes.len();
-        };
-        pass(&safetensors::header(&own, &entries(&self.written))?);
-        for tensor in &self.written.tensors {
-            let bytes = tensor.bytes()?;
-            model.update(&bytes);
-            pass(&bytes);
-        }
-        let digits = |hasher: Sha256| -> String {
-            let digest = hasher.finalize();
-            digest.iter().map(|byte| format!("{byte:02x}")).collect()
-        };
-        let legacy = digits(legacy)[..8].to_owned();
-        for (key, digest) in [
-            ("sshs_legacy_hash", legacy),
-            ("sshs_model_hash", digits(model)),
-        ] {
-            self.written.metadata.push((key.to_owned(), digest));
-        }
-        self.frame = Frame::of(&self.written)?;
-        self.report.bytes = self.frame.length(&self.written.tensors)?;
-        Ok(())
-    }
-}
-
-/// The bytes of a file that the older hash of sd-scripts is of.
-const LEGACY: Range<usize> = 0x10_0000..0x11_0000;
-
-/// Name, type and shape of all tensors.
-fn entries(written: &Written) -> Vec<(&str, DType, &[usize])> {
-    let tensors = written.tensors.iter();
-    tensors
-        .map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
-        .collect()
-}
-
-/// What stands around the data.
-enum Frame {
-    /// Bytes before them.
-    Header(Header),
-    /// A member for each tensor.
-    Archive(Archive),
-}
-
-impl Frame {
-    fn of(written: &Written) -> Result<Self> {
-        if let Some(header) = &written.header {
-            return Ok(Frame::Header(header(&written.tensors)?));
-        }
-        if let Some(archive) = written.archive {
-            let entries: Vec<Entry<'_>> = written.tensors.iter().map(entry).collect();
-            return Ok(Frame::Archive(archive(&entries)?));
-        }
-        Ok(Frame::Header(Header {
-            bytes: safetensors::header(&written.metadata, &entries(written))?,
-            alignment: 1,
-        }))
-    }
-
-    /// Gives everything, data and what stands around them.
-    fn write(&self, tensors: &[Tensor], pieces: &mut dyn Pieces) -> Result<()> {
-        let header = match self {
-            Frame::Archive(archive) => return archive.write(pieces),
-            Frame::Header(header) => header,
-        };
-        pieces.bytes(&header.bytes)?;
-        for (index, tensor) in tensors.iter().enumerate() {
-            pieces.tensor(index, None)?;
-            let padded = tensor.length.next_multiple_of(header.alignment.max(1));
-            pieces.bytes(&vec![0; (padded - tensor.length) as usize])?;
-        }
-        Ok(())
-    }
-
-    /// Bytes of the whole file.
-    fn length(&self, tensors: &[Tensor]) -> Result<u64> {
-        let mut count = Count { tensors, bytes: 0 };
-        self.write(tensors, &mut count)?;
-        Ok(count.bytes)
-    }
-}
-
-fn entry(tensor: &Tensor) -> Entry<'_> {
-    Entry {
-        name: &tensor.name,
-        dtype: tensor.dtype,
-        shape: &tensor.shape,
-        blocks: None,
-    }
-}
-
-/// Counts instead of writing.
-struct Count<'a> {
-    tensors: &'a [Tensor],
-    bytes: u64,
-}
-
-impl Pieces for Count<'_> {
-    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn tensor(&mut self, index: usize, _checksum: Option<&mut Checksum>) -> Result<u64> {
-        let length = self.tensors[index].length;
-        self.bytes += length;
-        Ok(length)
-    }
-}
-
-/// Writes to the file of tensors.
-struct Output<'a> {
-    tensors: &'a [Tensor],
-    bytes: u64,
-    file: &'a mut OutputFile,
-    control: &'a Control<'a>,
-}
-
-impl Pieces for Output<'_> {
-    fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write(bytes)
-    }
-
-    /// Copies what lies in a file; makes what does not.
-    fn tensor(&mut self, index: usize, checksum: Option<&mut Checksum>) -> Result<u64> {
-        self.control.check()?;
-        let tensor = &self.tensors[index];
-        match checksum {
-            None if tensor.memory.is_none() && tensor.made.is_none() => {
-                let file = &mut self.file;
-                file.copy(&tensor.input, tensor.offset, tensor.length)?;
-            }
-            checksum => {
-                let bytes = tensor.bytes()?;
-                if let Some(checksum) = checksum {
-                    checksum.update(&bytes);
-                }
-                self.file.write(&bytes)?;
-            }
-        }
-        let written = self.file.written().min(self.bytes);
-        self.control.progress(written, self.bytes);
-        Ok(tensor.length)
     }
 }
