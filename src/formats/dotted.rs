@@ -83,9 +83,9 @@ pub(super) static OMI: Dotted = Dotted {
     id: "omi",
     name: "OMI",
     recognises: |found| {
-        found.names().any(|name| {
-            OMI_STARTS.iter().any(|start| name.starts_with(start)) && parse(name).is_some()
-        })
+        found
+            .names()
+            .any(|name| parse(name).is_some_and(|(path, _)| is_of_omi(&path)))
     },
     parse: |name| parse(name).map(|(path, piece)| (of_parts(path), piece)),
     layout: |_| None,
@@ -111,20 +111,8 @@ pub(super) static ORIGINAL: Dotted = Dotted {
     metadata: &[],
 };
 
-/// How paths start that no other format has.
-const OMI_STARTS: &[&str] = &[
-    "clip_l.",
-    "clip_g.",
-    "t5.",
-    "transformer.double_blocks.",
-    "transformer.single_blocks.",
-    "transformer.joint_blocks.",
-    "transformer.img_in.proj.",
-    "transformer.final_layer.",
-    "unet.input_blocks.",
-    "unet.middle_block.",
-    "unet.output_blocks.",
-];
+/// Text encoders in OMI.
+const ENCODERS_OF_OMI: &[&str] = &["clip_l.", "clip_g.", "t5."];
 
 impl Format for Dotted {
     fn id(&self) -> &'static str {
@@ -301,7 +289,7 @@ fn omi(draft: &Draft<'_>, named: &Named, written: &mut Written) {
         _ if named.path.starts_with("encoder.block.") => "t5.",
         all => all
             .iter()
-            .find(|prefix| OMI_STARTS.contains(prefix))
+            .find(|prefix| ENCODERS_OF_OMI.contains(prefix))
             .unwrap_or(&"clip_l."),
     };
     let owner = format!("{prefix}{}", named.path);
@@ -310,9 +298,28 @@ fn omi(draft: &Draft<'_>, named: &Named, written: &mut Written) {
 
 /// Whether a path is a layer of a denoiser under its original name.
 fn is_original(path: &str) -> bool {
+    is_on(path, Side::Other)
+}
+
+fn is_on(path: &str, side: Side) -> bool {
     let found = families::find(path, false);
     let mut found = found.iter();
-    found.any(|found| found.side == Side::Other && found.family.part().is_some())
+    found.any(|found| found.side == side && found.family.denoiser().is_some())
+}
+
+/// Whether only OMI has a path: an original name, perhaps with the number of a part, behind diffusers' name of the
+/// denoiser; or an encoder by its own name.
+fn is_of_omi(path: &str) -> bool {
+    let parts = component::split(path, false);
+    if ENCODERS_OF_OMI.contains(&parts.prefix) {
+        return true;
+    }
+    let numbered = parts.path.rsplit_once('.');
+    let fused = numbered.and_then(|(fused, digits)| number(digits).map(|_| fused));
+    ["unet.", "transformer."].contains(&parts.prefix)
+        && std::iter::once(parts.path)
+            .chain(fused)
+            .any(|path| is_on(path, Side::Other) && !is_on(path, Side::Hub))
 }
 
 /// The tails of PEFT beside an alpha. Files of these names hold the denoiser alone, and nothing else tells them.

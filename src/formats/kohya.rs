@@ -11,7 +11,7 @@ use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{Adapter, Layer, Method};
 use crate::error::Result;
 use crate::methods::{full, lora};
-use crate::naming::families::{self, Layout};
+use crate::naming::families::{self, Family, Layout};
 use crate::naming::{Spelling, component};
 use crate::tensor::Tensor;
 
@@ -209,12 +209,10 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
     };
     let mut metadata = vec![("format".to_owned(), "pt".to_owned())];
     metadata.push(("ss_network_dim".to_owned(), dimension));
-    let base = match draft.family {
-        Some("sd1") => Some("sd_v1"),
-        Some("sdxl") => Some("sdxl_base_v1-0"),
-        Some("flux1") => Some("flux1"),
-        _ => None,
-    };
+    let denoiser = draft
+        .family
+        .and_then(Family::named)
+        .and_then(Family::denoiser);
     // Some tools state a wrong base.
     let right = |text: &str| draft.family.is_none() || families::stated(text) == draft.family;
     let kept = draft.metadata.iter().filter(|(key, value)| match &**key {
@@ -225,16 +223,12 @@ fn metadata(draft: &Draft<'_>, written: &Written) -> Vec<(String, String)> {
         key => key.starts_with("ss_") || key.starts_with("modelspec."),
     });
     let kept: Vec<(String, String)> = kept.cloned().collect();
-    if let Some(base) = base
+    if let Some(base) = denoiser.and_then(|own| own.stated_by_sd_scripts)
         && !kept.iter().any(|(key, _)| key == "ss_base_model_version")
     {
         metadata.push(("ss_base_model_version".to_owned(), base.to_owned()));
     }
-    let module = match draft.family {
-        Some("flux1") => "networks.lora_flux",
-        Some("sd3") => "networks.lora_sd3",
-        _ => "networks.lora",
-    };
+    let module = denoiser.map_or("networks.lora", |own| own.network_of_sd_scripts);
     metadata.push(("ss_network_module".to_owned(), module.to_owned()));
     metadata.extend(kept);
     metadata.sort();

@@ -393,8 +393,9 @@ fn along_any_path_of_formats_every_adapter_stays_what_it_is() {
     });
 }
 
-/// Formats that hold something else than LoRA of some layers: a control adapter has all of them and norms beside.
-const NO_LAYERS: &[&str] = &["bfl", "textual-inversion"];
+/// Formats that hold something else than LoRA of some layers: a control adapter has norms beside all of them, and
+/// cloneofsimo numbers the layers of a table.
+const NO_LAYERS: &[&str] = &["bfl", "simo", "textual-inversion", "webui-embedding"];
 
 #[test]
 fn every_format_that_is_written_is_read_as_what_was_written() {

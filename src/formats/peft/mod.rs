@@ -97,7 +97,7 @@ fn without_configuration(found: &Found, options: &ReadOptions) -> Result<Adapter
         match path.and_then(super::diffusers::parse) {
             Some((path, piece)) => {
                 let known = families::find(&path, false);
-                of_image_model &= known.iter().any(|found| found.family.part().is_some());
+                of_image_model &= known.iter().any(|found| found.family.denoiser().is_some());
                 pieces.add(path, piece, tensor);
             }
             None => pieces.unknown(tensor),

@@ -3,12 +3,15 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_cosmos_transformer_checkpoint_to_diffusers`, the names of 2.0).
 
-use super::{Family, Layout, Row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, whole};
 
 pub(super) const ANIMA: Family = Family {
     name: "anima",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["anima"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

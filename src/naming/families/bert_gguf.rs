@@ -3,12 +3,12 @@
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `conversion/bert.py` (`BertModel`,
 //! which leaves the pooler out).
 
-use super::{Family, Layout, whole};
+use super::{Family, Kind, Layout, whole};
 
 pub(super) const BERT_GGUF: Family = Family {
     name: "bert",
     layout: Layout::Gguf,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = Vec::new();
         let layers = [

@@ -3,13 +3,18 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_flux_transformer_checkpoint_to_diffusers`).
 
-use super::{Family, Layout, Row, joint_attention, row, squares, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, joint_attention, row, squares, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const FLUX1: Family = Family {
     name: "flux1",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["flux1", "flux-1", "flux.1", "chroma"],
+        stated_by_sd_scripts: Some("flux1"),
+        network_of_sd_scripts: "networks.lora_flux",
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

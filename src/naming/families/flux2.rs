@@ -3,13 +3,16 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_flux2_transformer_checkpoint_to_diffusers`).
 
-use super::{Family, Layout, Row, joint_attention, row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, joint_attention, row, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const FLUX2: Family = Family {
     name: "flux2",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["flux2", "flux-2", "flux.2"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

@@ -3,13 +3,13 @@
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `conversion/gpt2.py`
 //! (`GPT2Model.modify_tensors`).
 
-use super::{Family, Layout, row, whole};
+use super::{Family, Kind, Layout, row, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const GPT2_GGUF: Family = Family {
     name: "gpt2",
     layout: Layout::Gguf,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = Vec::new();
         let (hub, other) = ("transformer.h.*.", "blk.*.");

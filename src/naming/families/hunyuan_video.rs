@@ -3,13 +3,18 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_hunyuan_video_transformer_to_diffusers`).
 
-use super::{Family, Layout, PROJECTIONS, Row, joint_attention, row, squares, thirds, whole};
+use super::{
+    Denoiser, Family, Kind, Layout, PROJECTIONS, Row, joint_attention, row, squares, thirds, whole,
+};
 use crate::naming::rows::Rows;
 
 pub(super) const HUNYUAN_VIDEO: Family = Family {
     name: "hunyuan-video",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["hunyuan-video", "hunyuanvideo"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

@@ -4,14 +4,14 @@
 //! `qkv_reassemble`). Of Phi-3 and Phi-4 LitGPT has halves of `gate_up_proj`, under the names of a Llama
 //! (`copy_weights_phi`). Norms have no adapters there.
 
-use super::{Family, Layout, Row, row, thirds_of_heads, whole};
+use super::{Family, Kind, Layout, Row, row, thirds_of_heads, whole};
 use crate::naming::rows::Rows;
 
 /// Also Mistral and Mixtral.
 pub(super) const LLAMA_LITGPT: Family = Family {
     name: "llama",
     layout: Layout::Litgpt,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = model("self_attn.o_proj", GATED);
         let experts = [("w1", "fc_1"), ("w2", "proj"), ("w3", "fc_2")];

@@ -3,14 +3,14 @@
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `convert_hf_to_gguf.py`
 //! (`LlamaModel.permute`: the rows of q and k are stored as rotary pairs; no other model here permutes).
 
-use super::{Family, Layout, Row, experts, row, whole};
+use super::{Family, Kind, Layout, Row, experts, row, whole};
 use crate::naming::rows::{Heads, Rows};
 
 /// Also Mistral and Mixtral.
 pub(super) const LLAMA_GGUF: Family = Family {
     name: "llama",
     layout: Layout::Gguf,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = model(&[VALUES, GATED, NORMS].concat());
         for (ours, theirs, heads) in [

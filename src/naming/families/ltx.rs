@@ -3,12 +3,15 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_ltx_transformer_checkpoint_to_diffusers`). Not here: LTX-2, which hears as well.
 
-use super::{Family, Layout, Row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, whole};
 
 pub(super) const LTX: Family = Family {
     name: "ltx",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["ltx"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

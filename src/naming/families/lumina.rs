@@ -4,20 +4,26 @@
 //! `convert_z_image_transformer_checkpoint_to_diffusers`). Lumina has 24 heads of queries and 8 of keys, which its
 //! converter has built in.
 
-use super::{Family, Layout, Row, row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, row, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const LUMINA2: Family = Family {
     name: "lumina2",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["lumina2", "lumina-2"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows: lumina,
 };
 
 pub(super) const Z_IMAGE: Family = Family {
     name: "z-image",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["z-image", "zimage"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows: z_image,
 };
 

@@ -64,22 +64,59 @@ pub struct Family {
     pub name: &'static str,
     /// The layout of the other names.
     pub layout: Layout,
-    /// Whether it is a text encoder, which models of several families have.
-    pub is_text: bool,
+    /// What its models are.
+    pub kind: Kind,
     /// The layers.
     pub rows: fn() -> Vec<Row>,
 }
 
+/// What the models of a family are.
+#[derive(Debug)]
+pub enum Kind {
+    /// Language models.
+    Language,
+    /// Text encoders, which pipelines of several families have.
+    TextEncoder,
+    /// The denoisers of pipelines.
+    Denoiser(Denoiser),
+}
+
+/// What tools call a denoiser.
+#[derive(Debug)]
+pub struct Denoiser {
+    /// What stands before its layers in diffusers.
+    pub part: &'static str,
+    /// How statements about the base of an adapter begin: `ss_base_model_version` and `modelspec.architecture` of
+    /// `kohya-ss/sd-scripts` (`library/model_util.py`, `library/sai_model_spec.py`) and `kohya-ss/musubi-tuner`
+    /// (`utils/sai_model_spec.py`); `ostris/ai-toolkit`.
+    pub stated: &'static [&'static str],
+    /// What sd-scripts itself states as `ss_base_model_version`.
+    pub stated_by_sd_scripts: Option<&'static str>,
+    /// `ss_network_module` of sd-scripts.
+    pub network_of_sd_scripts: &'static str,
+}
+
+impl Denoiser {
+    const TRANSFORMER: Denoiser = Denoiser {
+        part: "transformer.",
+        stated: &[],
+        stated_by_sd_scripts: None,
+        network_of_sd_scripts: "networks.lora",
+    };
+}
+
 impl Family {
-    /// What stands before its layers in diffusers; nothing for text encoders and language models.
-    pub fn part(&self) -> Option<&'static str> {
-        if self.is_text || self.layout != Layout::Original {
-            return None;
+    /// The family of a name.
+    pub fn named(name: &str) -> Option<&'static Family> {
+        FAMILIES.iter().find(|family| family.name == name)
+    }
+
+    /// What tools call it, where it is a denoiser.
+    pub fn denoiser(&self) -> Option<&Denoiser> {
+        match &self.kind {
+            Kind::Denoiser(denoiser) => Some(denoiser),
+            _ => None,
         }
-        Some(match self.name {
-            "sd1" | "sdxl" => "unet.",
-            _ => "transformer.",
-        })
     }
 }
 
@@ -236,46 +273,14 @@ pub fn architecture(model_type: &str) -> &str {
     found.map_or(model_type, |(_, architecture)| architecture)
 }
 
-/// How statements about the base of an adapter begin, and the family.
-///
-/// Sources: `ss_base_model_version` and `modelspec.architecture` of `kohya-ss/sd-scripts` (`library/model_util.py`,
-/// `library/sai_model_spec.py`) and `kohya-ss/musubi-tuner` (`utils/sai_model_spec.py`); `ostris/ai-toolkit`.
-const STATED: &[(&str, &str)] = &[
-    ("sd_v1", "sd1"),
-    ("sd_v2", "sd1"),
-    ("sd_1", "sd1"),
-    ("sd_2", "sd1"),
-    ("stable-diffusion-v1", "sd1"),
-    ("stable-diffusion-v2", "sd1"),
-    ("sdxl", "sdxl"),
-    ("stable-diffusion-xl", "sdxl"),
-    ("sd3", "sd3"),
-    ("stable-diffusion-3", "sd3"),
-    ("flux2", "flux2"),
-    ("flux-2", "flux2"),
-    ("flux.2", "flux2"),
-    ("flux1", "flux1"),
-    ("flux-1", "flux1"),
-    ("flux.1", "flux1"),
-    ("chroma", "flux1"),
-    ("wan", "wan"),
-    ("hunyuan-video", "hunyuan-video"),
-    ("hunyuanvideo", "hunyuan-video"),
-    ("qwen-image", "qwen-image"),
-    ("qwen_image", "qwen-image"),
-    ("anima", "anima"),
-    ("ltx", "ltx"),
-    ("lumina2", "lumina2"),
-    ("lumina-2", "lumina2"),
-    ("z-image", "z-image"),
-    ("zimage", "z-image"),
-];
-
 /// The family that a statement about the base of an adapter means.
 pub fn stated(text: &str) -> Option<&'static str> {
     let text = text.to_ascii_lowercase();
-    let found = STATED.iter().find(|(start, _)| text.starts_with(start));
-    found.map(|(_, family)| *family)
+    let means = |family: &&Family| {
+        let denoiser = family.denoiser();
+        denoiser.is_some_and(|own| own.stated.iter().any(|start| text.starts_with(start)))
+    };
+    FAMILIES.iter().find(means).map(|family| family.name)
 }
 
 /// A row.

@@ -4,13 +4,13 @@
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `convert_hf_to_gguf.py`
 //! (`GPTNeoXModel`, `BloomModel` and `FalconModel`, `modify_tensors`).
 
-use super::{Family, Layout, Row, row, whole};
+use super::{Family, Kind, Layout, Row, row, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const GPTNEOX_GGUF: Family = Family {
     name: "gptneox",
     layout: Layout::Gguf,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = model("gpt_neox.layers.*.", "attention");
         let norms = [

@@ -4,13 +4,13 @@
 //! (`convert_open_clip_checkpoint`): one parameter holds the three input projections, and
 //! `text_projection` is the transpose of a linear layer's weight.
 
-use super::{Family, Layout, Row, row};
+use super::{Family, Kind, Layout, Row, row};
 use crate::naming::rows::Rows;
 
 pub(super) const OPENCLIP: Family = Family {
     name: "openclip",
     layout: Layout::Original,
-    is_text: true,
+    kind: Kind::TextEncoder,
     rows,
 };
 

@@ -2,12 +2,15 @@
 //!
 //! Source: `huggingface/diffusers` 0.42.1, `models/transformers/transformer_qwenimage.py`.
 
-use super::{Family, Layout, Row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, whole};
 
 pub(super) const QWEN_IMAGE: Family = Family {
     name: "qwen-image",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["qwen-image", "qwen_image"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

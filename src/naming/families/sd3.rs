@@ -4,13 +4,18 @@
 //! (`convert_sd3_transformer_checkpoint_to_diffusers`). The context of the last block is modulated by scale
 //! and shift alone, which change places; its layer is told by its height.
 
-use super::{Family, Layout, Row, joint_attention, row, thirds, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, joint_attention, row, thirds, whole};
 use crate::naming::rows::Rows;
 
 pub(super) const SD3: Family = Family {
     name: "sd3",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["sd3", "stable-diffusion-3"],
+        stated_by_sd_scripts: None,
+        network_of_sd_scripts: "networks.lora_sd3",
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

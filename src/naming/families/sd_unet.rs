@@ -4,21 +4,38 @@
 //! (`convert_ldm_unet_checkpoint`). Blocks have two layers, those on the way up three; a block that has
 //! attention keeps it after each of them.
 
-use super::{Family, Layout, Row, row};
+use super::{Denoiser, Family, Kind, Layout, Row, row};
 use crate::naming::rows::Rows;
 
 /// Also of 2.x: the blocks are the same.
 pub(super) const SD1: Family = Family {
     name: "sd1",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &[
+            "sd_v1",
+            "sd_v2",
+            "sd_1",
+            "sd_2",
+            "stable-diffusion-v1",
+            "stable-diffusion-v2",
+        ],
+        part: "unet.",
+        stated_by_sd_scripts: Some("sd_v1"),
+        ..Denoiser::TRANSFORMER
+    }),
     rows: || rows(&[true, true, true, false]),
 };
 
 pub(super) const SDXL: Family = Family {
     name: "sdxl",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["sdxl", "stable-diffusion-xl"],
+        part: "unet.",
+        stated_by_sd_scripts: Some("sdxl_base_v1-0"),
+        ..Denoiser::TRANSFORMER
+    }),
     rows: || rows(&[false, true, true]),
 };
 

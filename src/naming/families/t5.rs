@@ -2,12 +2,12 @@
 //!
 //! Source: `huggingface/transformers` 5.23, `models/t5/modeling_t5.py`.
 
-use super::{Family, Layout, Row, whole};
+use super::{Family, Kind, Layout, Row, whole};
 
 pub(super) const T5: Family = Family {
     name: "t5",
     layout: Layout::Original,
-    is_text: true,
+    kind: Kind::TextEncoder,
     rows,
 };
 

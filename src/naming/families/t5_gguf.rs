@@ -3,12 +3,12 @@
 //! Source: `ggml-org/llama.cpp`, `gguf-py/gguf/tensor_mapping.py` (names) and `conversion/t5.py`
 //! (`T5Model`, `T5EncoderModel`).
 
-use super::{Family, Layout, Row, whole};
+use super::{Family, Kind, Layout, Row, whole};
 
 pub(super) const T5_GGUF: Family = Family {
     name: "t5",
     layout: Layout::Gguf,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let mut rows = encoder();
         let layers = [

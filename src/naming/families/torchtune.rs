@@ -5,14 +5,14 @@
 //! `models/qwen2/_convert_weights.py` (no row moves). Of Phi-3 and Phi-4 torchtune has parts of what is fused on the
 //! hub, under the names of a Llama (`models/phi3/_convert_weights.py`). Norms have no adapters there.
 
-use super::{Family, Layout, Row, row, whole};
+use super::{Family, Kind, Layout, Row, row, whole};
 use crate::naming::rows::{Heads, Rows};
 
 /// Also Mistral.
 pub(super) const LLAMA_TORCHTUNE: Family = Family {
     name: "llama",
     layout: Layout::Torchtune,
-    is_text: false,
+    kind: Kind::Language,
     rows: || model(Rows::Pairs),
 };
 

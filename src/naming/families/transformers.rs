@@ -4,7 +4,7 @@
 //! Source: `huggingface/transformers` 5.23, `conversion_mapping.py` and `base_model_prefix` of the models.
 //! Unlike the other tables this one describes the ends of paths, whatever stands before them.
 
-use super::{Family, Layout, Row, row, thirds_of_heads, whole};
+use super::{Family, Kind, Layout, Row, row, thirds_of_heads, whole};
 use crate::naming::rows::Rows;
 
 /// Every family: the hub's names are those of files.
@@ -14,7 +14,7 @@ pub(super) static TRANSFORMERS: &[Family] = &[VIT, DINOV2, EXPERTS, GPT_NEOX, PH
 const VIT: Family = Family {
     name: "vit",
     layout: Layout::Transformers,
-    is_text: false,
+    kind: Kind::Language,
     rows: || {
         let (hub, other) = ("encoder.layer.*", "layers.*");
         let mut rows = attention(&format!("{hub}."), &format!("{other}."));

@@ -3,12 +3,15 @@
 //! Source: `huggingface/diffusers` 0.42.1, `loaders/single_file_utils.py`
 //! (`convert_wan_transformer_to_diffusers`). Not here: the animation and VACE models.
 
-use super::{Family, Layout, Row, whole};
+use super::{Denoiser, Family, Kind, Layout, Row, whole};
 
 pub(super) const WAN: Family = Family {
     name: "wan",
     layout: Layout::Original,
-    is_text: false,
+    kind: Kind::Denoiser(Denoiser {
+        stated: &["wan"],
+        ..Denoiser::TRANSFORMER
+    }),
     rows,
 };
 

@@ -3,12 +3,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
+use indexmap::IndexSet;
+
 use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Loss, Named};
 use crate::naming::component::{self, Component, InPart, split};
-use crate::naming::families::{FAMILIES, Family, Layout, Match, Side, find, stated};
+use crate::naming::families::{FAMILIES, Family, Kind, Layout, Match, Side, find, stated};
 use crate::naming::{Attention, Place, Resolution, Resolver, Rows, Spelling};
 use crate::ops::merge::{architecture, attention};
 
@@ -32,10 +34,10 @@ pub(super) fn family(
     let told = base.and_then(architecture).filter(is_known);
     let told = told.or(architecture_stated.filter(is_known));
     if let Some(named) = named.or(told.as_deref()) {
-        let found = FAMILIES.iter().find(|family| family.name == named);
+        let found = Family::named(named);
         return found.map(|family| Some(family.name)).ok_or_else(|| {
-            let mut all: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
-            all.dedup();
+            let all: IndexSet<&str> = FAMILIES.iter().map(|family| family.name).collect();
+            let all: Vec<&str> = all.into_iter().collect();
             Error::new(Reason::BadOption {
                 text: named.to_owned(),
                 problem: format!("no such family; there are {}", all.join(", ")),
@@ -51,7 +53,7 @@ pub(super) fn family(
         }
         let mut names: Vec<&str> = matches(module)
             .into_iter()
-            .filter(|found| found.family.layout == Layout::Original && !found.family.is_text)
+            .filter(|found| found.family.denoiser().is_some())
             .map(|found| found.family.name)
             .collect();
         names.sort_unstable();
@@ -100,9 +102,8 @@ const STATEMENTS: &[&str] = &["ss_base_model_version", "modelspec.architecture"]
 
 /// What diffusers calls the denoiser: its family says it, or all families that know one of its modules agree.
 pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'static str> {
-    if family.is_some() {
-        let family = FAMILIES.iter().find(|known| Some(known.name) == family);
-        return family.and_then(Family::part);
+    if let Some(family) = family {
+        return Some(Family::named(family)?.denoiser()?.part);
     }
     let mut agreed: Option<BTreeSet<&str>> = None;
     for module in &adapter.modules {
@@ -112,7 +113,7 @@ pub(super) fn denoiser(adapter: &Adapter, family: Option<&str>) -> Option<&'stat
         }
         let found: BTreeSet<&str> = matches(module)
             .iter()
-            .filter_map(|found| found.family.part())
+            .filter_map(|found| Some(found.family.denoiser()?.part))
             .collect();
         if !found.is_empty() {
             agreed = Some(agreed.map_or(found.clone(), |agreed| &agreed & &found));
@@ -437,7 +438,9 @@ impl Renaming<'_> {
             return false;
         }
         match self.family {
-            Some(family) if !text => found.family.name == family || found.family.is_text,
+            Some(family) if !text => {
+                found.family.name == family || matches!(found.family.kind, Kind::TextEncoder)
+            }
             _ => true,
         }
     }
