@@ -292,21 +292,10 @@ fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Modul
         },
         (false, false) => Scale::of(rank as f64, rank, false),
     };
-    let made = move || {
-        let mut values = vec![0.0; outputs * rank];
-        for (up, rows, offset, width, own) in &ups {
-            let factor = up.to_f64()?;
-            let by = if same { 1.0 } else { *own };
-            let lines = factor.chunks_exact((*width).max(1));
-            for (row, line) in rows.iter().cloned().flatten().zip(lines) {
-                for (column, value) in line.iter().enumerate() {
-                    values[row * rank + offset + column] = value * by;
-                }
-            }
-        }
-        let mut bytes = vec![0; values.len() * float.size()];
-        narrow(float, &values, &mut bytes);
-        Ok(bytes)
+    let exact = same && ups.iter().all(|(up, ..)| up.dtype == float.dtype());
+    let made = move || match exact {
+        true => blocks_of_bytes(&ups, outputs, rank, float.size()),
+        false => blocks(&ups, outputs, rank, float, same),
     };
     let (down, up) = (first.require(DOWN)?, first.require(UP)?);
     let up = up.derived(float.dtype(), vec![outputs, rank], Arc::new(made));
@@ -319,6 +308,47 @@ fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Modul
     module.scale = scale;
     module.method.check(&module)?;
     Ok(module)
+}
+
+/// An up factor with its rows and first column in that of a fused layer, its width, and its scale.
+type PartOfUp = (Tensor, Vec<Range<usize>>, usize, usize, f64);
+
+/// The up factors in their places, and zeros around them.
+fn blocks(
+    ups: &[PartOfUp],
+    outputs: usize,
+    rank: usize,
+    float: Float,
+    same: bool,
+) -> Result<Vec<u8>> {
+    let mut values = vec![0.0; outputs * rank];
+    for (up, rows, offset, width, own) in ups {
+        let factor = up.to_f64()?;
+        let by = if same { 1.0 } else { *own };
+        let lines = factor.chunks_exact((*width).max(1));
+        for (row, line) in rows.iter().cloned().flatten().zip(lines) {
+            for (column, value) in line.iter().enumerate() {
+                values[row * rank + offset + column] = value * by;
+            }
+        }
+    }
+    let mut bytes = vec![0; values.len() * float.size()];
+    narrow(float, &values, &mut bytes);
+    Ok(bytes)
+}
+
+/// The same where no element changes.
+fn blocks_of_bytes(ups: &[PartOfUp], outputs: usize, rank: usize, size: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; outputs * rank * size];
+    for (up, rows, offset, width, _) in ups {
+        let factor = up.bytes()?;
+        let lines = factor.chunks_exact((width * size).max(1));
+        for (row, line) in rows.iter().cloned().flatten().zip(lines) {
+            let at = (row * rank + offset) * size;
+            bytes[at..at + line.len()].copy_from_slice(line);
+        }
+    }
+    Ok(bytes)
 }
 
 /// Some rows (0) or columns (1) of a matrix.

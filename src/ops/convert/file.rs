@@ -1,6 +1,8 @@
 //! The file of tensors: what stands around the data, and hashes of data that are stated before them.
 
 use std::ops::Range;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
 
 use sha2::{Digest, Sha256};
 
@@ -37,9 +39,17 @@ impl Frame {
 
     /// Bytes of the whole file.
     pub(super) fn length(&self, tensors: &[Tensor]) -> Result<u64> {
-        let mut count = Count { tensors, bytes: 0 };
+        Ok(self.count(tensors)?.bytes)
+    }
+
+    fn count<'a>(&self, tensors: &'a [Tensor]) -> Result<Count<'a>> {
+        let mut count = Count {
+            tensors,
+            bytes: 0,
+            order: Vec::new(),
+        };
         self.put(tensors, &mut count)?;
-        Ok(count.bytes)
+        Ok(count)
     }
 
     /// Gives everything, data and what stands around them.
@@ -58,28 +68,64 @@ impl Frame {
     }
 }
 
-/// Writes the file of tensors, each of which is made once.
+/// Writes the file of tensors. Each is made once, by a thread that is one tensor ahead.
 pub(super) fn write(
     written: &mut Written,
     frame: &Frame,
     file: &mut OutputFile,
     control: &Control<'_>,
 ) -> Result<()> {
-    let hashes = written.hashes.then(|| Hashes::new(written)).transpose()?;
-    let mut output = Output {
-        tensors: &written.tensors,
-        bytes: frame.length(&written.tensors)?,
-        hashes,
-        file,
-        control,
-    };
-    frame.put(&written.tensors, &mut output)?;
-    if let Some(hashes) = output.hashes {
+    let mut hashes = written.hashes.then(|| Hashes::new(written)).transpose()?;
+    let tensors = &*written.tensors;
+    let Count { bytes, order, .. } = frame.count(tensors)?;
+    thread::scope(|scope| {
+        let (sender, made) = sync_channel(1);
+        let hashes = &mut hashes;
+        scope.spawn(move || make(tensors, &order, hashes.as_mut(), &sender));
+        let mut output = Output {
+            tensors,
+            bytes,
+            made,
+            file,
+            control,
+        };
+        frame.put(tensors, &mut output)
+    })?;
+    if let Some(hashes) = hashes {
         hashes.state(&mut written.metadata);
         // Digests have one length, so the header has the one that it had.
         file.overwrite_start(&safetensors::header(&written.metadata, &entries(written))?)?;
     }
     Ok(())
+}
+
+/// The bytes of a tensor; nothing for one that lies in a file.
+type Made = Result<Option<Vec<u8>>>;
+
+fn make(
+    tensors: &[Tensor],
+    order: &[usize],
+    mut hashes: Option<&mut Hashes>,
+    sender: &SyncSender<Made>,
+) {
+    for index in order {
+        let tensor = &tensors[*index];
+        let mut made = || {
+            let lies_in_file = tensor.memory.is_none() && tensor.made.is_none();
+            if lies_in_file && hashes.is_none() {
+                return Ok(None);
+            }
+            let bytes = tensor.bytes()?;
+            if let Some(hashes) = &mut hashes {
+                hashes.data(&bytes);
+            }
+            Ok((!lies_in_file).then(|| bytes.into_owned()))
+        };
+        // Where nobody listens any more, writing has failed.
+        if sender.send(made()).is_err() {
+            return;
+        }
+    }
 }
 
 /// Name, type and shape of all tensors.
@@ -164,6 +210,8 @@ impl Hashes {
 struct Count<'a> {
     tensors: &'a [Tensor],
     bytes: u64,
+    /// The tensors as they are asked for.
+    order: Vec<usize>,
 }
 
 impl Pieces for Count<'_> {
@@ -175,6 +223,7 @@ impl Pieces for Count<'_> {
     fn tensor(&mut self, index: usize, _checksum: Option<&mut Checksum>) -> Result<u64> {
         let length = self.tensors[index].length;
         self.bytes += length;
+        self.order.push(index);
         Ok(length)
     }
 }
@@ -183,7 +232,7 @@ impl Pieces for Count<'_> {
 struct Output<'a> {
     tensors: &'a [Tensor],
     bytes: u64,
-    hashes: Option<Hashes>,
+    made: Receiver<Made>,
     file: &'a mut OutputFile,
     control: &'a Control<'a>,
 }
@@ -193,23 +242,23 @@ impl Pieces for Output<'_> {
         self.file.write(bytes)
     }
 
-    /// Copies what lies in a file; makes what does not.
+    /// Copies what lies in a file; takes what was made.
     fn tensor(&mut self, index: usize, checksum: Option<&mut Checksum>) -> Result<u64> {
         self.control.check()?;
         let tensor = &self.tensors[index];
-        let lies_in_file = tensor.memory.is_none() && tensor.made.is_none();
-        if lies_in_file && checksum.is_none() && self.hashes.is_none() {
-            self.file
-                .copy(&tensor.input, tensor.offset, tensor.length)?;
-        } else {
-            let bytes = tensor.bytes()?;
-            if let Some(checksum) = checksum {
-                checksum.update(&bytes);
+        // The maker ends early only where it panicked, and the scope passes that on.
+        let made = self.made.recv().unwrap_or(Ok(None))?;
+        match (made, checksum) {
+            (None, None) => self
+                .file
+                .copy(&tensor.input, tensor.offset, tensor.length)?,
+            (made, checksum) => {
+                let bytes = made.map_or_else(|| tensor.bytes(), |bytes| Ok(bytes.into()))?;
+                if let Some(checksum) = checksum {
+                    checksum.update(&bytes);
+                }
+                self.file.write(&bytes)?;
             }
-            if let Some(hashes) = &mut self.hashes {
-                hashes.data(&bytes);
-            }
-            self.file.write(&bytes)?;
         }
         let written = self.file.written().min(self.bytes);
         self.control.progress(written, self.bytes);
