@@ -1,10 +1,9 @@
 //! What a format is given to write, and what it makes of it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Order;
-use super::peft::write::most_common;
 use crate::adapter::{Adapter, Layer, Method, Module, Role, Scale, Stored};
 use crate::containers::Header;
 use crate::containers::archive::Assemble;
@@ -199,10 +198,6 @@ impl Written {
         }
         if factors.mid.is_some() || factors.bias.is_some() {
             self.lose(&*named.module.path, "a Tucker core or a trained bias");
-            return None;
-        }
-        if named.module.layer == Layer::Embedding {
-            self.lose(&*named.module.path, "an embedding");
             return None;
         }
         Some(factors)
@@ -508,6 +503,16 @@ pub(super) fn reshaped(tensor: &Tensor, shape: Vec<usize>) -> Tensor {
         shape,
         ..tensor.clone()
     }
+}
+
+/// The value that appears most; of several the smallest, whatever the order of the modules.
+pub(super) fn most_common<T: Copy + Ord>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
+    for value in values {
+        *counts.entry(value).or_default() += 1;
+    }
+    let rank = |(value, count): &(T, usize)| (*count, std::cmp::Reverse(*value));
+    counts.into_iter().max_by_key(rank).map(|(value, _)| value)
 }
 
 /// A number as a tensor without axes, in the type of `like` where that holds it exactly.

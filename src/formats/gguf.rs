@@ -5,8 +5,7 @@
 //! is zero or missing. `lora_a` of the token embedding is stored transposed. Names and the order of rows are
 //! those of the weights in GGUF.
 
-use super::draft::{Draft, Writer, Written, transposed};
-use super::peft::write::most_common;
+use super::draft::{Draft, Writer, Written, most_common, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};

@@ -4,8 +4,7 @@
 //! and α is a number of the training script alone. `MergedLinear` keeps which parts of a fused layer it adapts
 //! in the script too. A model saved in evaluation mode has the product in its weight already.
 
-use super::draft::{Draft, Writer, Written, is_embedding, transposed};
-use super::peft::write::most_common;
+use super::draft::{Draft, Writer, Written, is_embedding, most_common, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};

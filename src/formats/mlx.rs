@@ -9,8 +9,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::draft::{Draft, Writer, Written, is_embedding, reshaped, transposed, typed};
-use super::peft::write::most_common;
+use super::draft::{
+    Draft, Writer, Written, is_embedding, most_common, reshaped, transposed, typed,
+};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{

@@ -11,7 +11,7 @@ use super::Peft;
 use crate::adapter::{Layer, Method, ReplacementKind};
 use crate::error::Result;
 use crate::formats::draft::{
-    Draft, LowRank, Named, Writer, Written, is_embedding, reshaped, transposed,
+    Draft, LowRank, Named, Writer, Written, is_embedding, most_common, reshaped, transposed,
 };
 use crate::methods::ia3;
 use crate::naming::families::Layout;
@@ -277,14 +277,4 @@ pub(in crate::formats) fn number(value: f64) -> Value {
         true => json!(value as i64),
         false => json!(value),
     }
-}
-
-/// The value that appears most; of several the smallest, whatever the order of the modules.
-pub(in crate::formats) fn most_common<T: Copy + Ord>(values: impl Iterator<Item = T>) -> Option<T> {
-    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
-    for value in values {
-        *counts.entry(value).or_default() += 1;
-    }
-    let rank = |(value, count): &(T, usize)| (*count, std::cmp::Reverse(*value));
-    counts.into_iter().max_by_key(rank).map(|(value, _)| value)
 }
