@@ -106,6 +106,23 @@ pub struct Loss {
     pub text: String,
 }
 
+impl Loss {
+    /// What becomes of the scales of modules that are put together, where they differ.
+    pub fn of_scales<'a>(
+        item: &str,
+        mut modules: impl Iterator<Item = &'a Module>,
+    ) -> Option<Loss> {
+        let first = modules.next()?.scale.value;
+        modules
+            .any(|module| module.scale.value != first)
+            .then(|| Loss {
+                item: item.to_owned(),
+                text: "the scales of its parts are multiplied into the up factor and rounded once"
+                    .to_owned(),
+            })
+    }
+}
+
 impl Written {
     /// Takes a tensor under a key, in the type that was asked for.
     pub(super) fn put(&mut self, draft: &Draft<'_>, key: String, tensor: &Tensor) {

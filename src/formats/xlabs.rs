@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::draft::{Draft, Named, Writer, Written};
+use super::draft::{Draft, Loss, Named, Writer, Written};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::{DOWN, summarise};
 use super::{Format, Found, ReadOptions, Summary};
@@ -148,6 +148,8 @@ impl Writer for XLabs {
                 .collect();
             let mut fused = first.clone();
             if of > 1 {
+                let modules = parts.iter().map(|(_, named)| &named.module);
+                written.folded.extend(Loss::of_scales(owner, modules));
                 fused.module = first.module.method.fuse(&together, of * rows)?;
             }
             let Some(mut factors) = written.two_factors(&fused) else {

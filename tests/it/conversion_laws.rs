@@ -17,6 +17,8 @@ use crate::support::{Random, merge, options, write_adapter, write_base, write_sa
 /// A model: what tells its family, and layers with the shapes of their weights.
 struct Model {
     config: Option<&'static str>,
+    /// What the names of its layers do not tell.
+    family: Option<&'static str>,
     /// The part of a pipeline in front of flattened names.
     flattened: Option<&'static str>,
     layers: &'static [(&'static str, &'static [usize])],
@@ -26,6 +28,7 @@ const LLAMA: Model = Model {
     config: Some(
         r#"{"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}"#,
     ),
+    family: None,
     flattened: None,
     layers: &[
         ("model.layers.0.self_attn.q_proj", &[16, 16]),
@@ -47,6 +50,7 @@ const LLAMA: Model = Model {
 
 const UNET: Model = Model {
     config: Some(r#"{"_class_name": "UNet2DConditionModel"}"#),
+    family: None,
     flattened: Some("lora_unet_"),
     layers: &[
         ("conv_in", &[8, 4, 3, 3]),
@@ -80,6 +84,7 @@ const UNET: Model = Model {
 
 const FLUX: Model = Model {
     config: Some(r#"{"_class_name": "FluxTransformer2DModel"}"#),
+    family: None,
     flattened: None,
     layers: &[
         ("x_embedder", &[8, 4]),
@@ -101,7 +106,27 @@ const FLUX: Model = Model {
     ],
 };
 
-const MODELS: [&Model; 3] = [&LLAMA, &UNET, &FLUX];
+/// The layers that XLabs and the processors of old diffusers have.
+const ATTENTION: Model = Model {
+    layers: &[
+        ("transformer_blocks.0.attn.to_q", &[8, 8]),
+        ("transformer_blocks.0.attn.to_k", &[8, 8]),
+        ("transformer_blocks.0.attn.to_v", &[8, 8]),
+        ("transformer_blocks.0.attn.add_q_proj", &[8, 8]),
+        ("transformer_blocks.0.attn.add_k_proj", &[8, 8]),
+        ("transformer_blocks.0.attn.add_v_proj", &[8, 8]),
+        ("transformer_blocks.0.attn.to_out.0", &[8, 8]),
+        ("single_transformer_blocks.0.attn.to_q", &[8, 8]),
+        ("single_transformer_blocks.0.attn.to_k", &[8, 8]),
+        ("single_transformer_blocks.0.attn.to_v", &[8, 8]),
+        ("single_transformer_blocks.0.proj_out", &[8, 40]),
+    ],
+    // FLUX.2 has layers of the same names.
+    family: Some("flux1"),
+    ..FLUX
+};
+
+const MODELS: [&Model; 4] = [&LLAMA, &UNET, &FLUX, &ATTENTION];
 const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
 
 /// What one layer of an adapter is made of.
@@ -260,12 +285,18 @@ struct Place {
     alpha: Option<f64>,
 }
 
-fn convert(from: &Place, to: &str, base: &Path, output: &Path) -> loratool::Result<Report> {
+fn convert(
+    from: &Place,
+    to: &str,
+    (model, base): (&Model, &Path),
+    output: &Path,
+) -> loratool::Result<Report> {
     let mut options = Options {
         adapter: from.path.clone(),
         to: to.to_owned(),
         output: output.to_owned(),
         base: Some(base.to_owned()),
+        family: model.family.map(str::to_owned),
         ..Options::default()
     };
     options.read.alpha = from.alpha;
@@ -311,7 +342,7 @@ fn travels(
     for (step, to) in path.iter().enumerate() {
         let name = format!("{:?}, step {step} from {at:?} to {to}", model.config);
         let output = room.join(format!("step{step}"));
-        let report = match convert(&at, to, base, &output) {
+        let report = match convert(&at, to, (model, base), &output) {
             Ok(report) => report,
             Err(error) => {
                 let kinds = [Kind::Unsupported, Kind::Unresolved];
@@ -328,7 +359,7 @@ fn travels(
         };
         // Written, read and written again: nothing is left to change.
         let again = room.join(format!("again{step}"));
-        let report = convert(&there, to, base, &again)
+        let report = convert(&there, to, (model, base), &again)
             .unwrap_or_else(|error| panic!("{name}, again: {error:?}"));
         assert!(
             report.folded.is_empty(),
@@ -380,7 +411,7 @@ fn some() -> ProptestConfig {
 fn along_any_path_of_formats_every_adapter_stays_what_it_is() {
     let path = prop::collection::vec(prop::sample::select(targets()), 4..9);
     proptest!(some(), |(
-        adapted in adapted(), model in 0usize..3, as_lycoris: bool, float in 0usize..3, path in path,
+        adapted in adapted(), model in 0usize..4, as_lycoris: bool, float in 0usize..3, path in path,
     )| {
         let model = MODELS[model];
         let room = tempfile::tempdir().unwrap();

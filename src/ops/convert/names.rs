@@ -590,15 +590,9 @@ impl Renaming<'_> {
         }
         let mut problems = Vec::new();
         for (_, group) in groups {
-            let scale = |part: &Waiting| part.named.module.scale.value;
-            if group.iter().any(|part| scale(part) != scale(&group[0])) {
-                let text =
-                    "the scales of its parts are multiplied into the up factor and rounded once";
-                self.folded.push(Loss {
-                    item: group[0].other.clone(),
-                    text: text.to_owned(),
-                });
-            }
+            let modules = group.iter().map(|part| &part.named.module);
+            self.folded
+                .extend(Loss::of_scales(&group[0].other, modules));
             match self.fused(group) {
                 Ok(done) => self.done.push(done),
                 Err(error) => problems.push(error),
