@@ -87,6 +87,29 @@ impl Value {
     }
 }
 
+impl From<&Value> for serde_json::Value {
+    fn from(value: &Value) -> Self {
+        match value {
+            Value::Null => serde_json::Value::Null,
+            Value::Bool(value) => (*value).into(),
+            Value::Integer(value) => (*value).into(),
+            Value::Float(value) => (*value).into(),
+            Value::String(value) => value.as_str().into(),
+            Value::Array(values) => values.iter().map(serde_json::Value::from).collect(),
+            Value::Object(object) => object.into(),
+        }
+    }
+}
+
+impl From<&Object> for serde_json::Value {
+    fn from(object: &Object) -> Self {
+        let entries = object.0.iter();
+        entries
+            .map(|(key, value)| (key.clone(), serde_json::Value::from(value)))
+            .collect()
+    }
+}
+
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

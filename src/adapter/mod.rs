@@ -31,6 +31,8 @@ pub struct Adapter {
     pub tokens: Vec<TokenRows>,
     /// Training state that has no part in the merged weights by the method's own definition.
     pub unused: Vec<Tensor>,
+    /// The configuration without which the unused tensors mean nothing: vectors for the input (PEFT's prompts).
+    pub configuration: Option<serde_json::Value>,
     /// Layers to repeat before anything is merged: ranges of the base's layers.
     pub replication: Vec<(usize, usize)>,
     /// Weights to widen with zeros before anything is added (ComfyUI `reshape_weight`).

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use loratool::Kind;
 use loratool::containers::TensorFile;
 use loratool::ops::convert::{self, Options, Report};
 use loratool::ops::merge::Control;
+use loratool::{Kind, Reason};
 
 use crate::goldens::{NOT_A_TARGET, cases};
-use crate::support::{fixture, merge, options};
+use crate::hostile_support::assert_reason;
+use crate::support::{fixture, merge, options, write_adapter};
 
 fn convert(from: &Path, to: &str, base: &Path, output: &Path) -> Result<Report, loratool::Error> {
     let options = Options {
@@ -287,4 +288,38 @@ fn names_that_stay_are_never_ambiguous() {
         plan("kohya").map(drop).unwrap_err().kind(),
         Kind::Unresolved
     );
+}
+
+#[test]
+fn vectors_of_prompts_are_carried_with_their_configuration_and_never_merged() {
+    let room = tempfile::tempdir().unwrap();
+    let from = room.path().join("prompt");
+    let config = serde_json::json!({
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "token_dim": 3, "prefix_projection": false,
+        "base_model_name_or_path": "org/model", "nested": {"a": [1, 2.5, null, true]},
+    });
+    let vectors = crate::oracle::Stored {
+        dtype: loratool::tensor::DType::F32,
+        shape: vec![2, 3],
+        bytes: (0..24).collect(),
+    };
+    write_adapter(&from, &config, &[("prompt_embeddings", vectors.clone())]);
+    let base = fixture("peft/bases/llama");
+    let output = room.path().join("carried");
+    let report = convert(&from, "peft", &base, &output).unwrap();
+    assert_eq!((report.tensors, report.losses.len()), (1, 0));
+    let written = crate::oracle::read(&output.join("adapter_model.safetensors"));
+    assert_eq!(written["prompt_embeddings"], vectors);
+    assert_eq!(
+        crate::oracle::json(&output.join("adapter_config.json")),
+        config
+    );
+    // cloneofsimo's numbers are asked for first.
+    for target in convert::targets().filter(|target| !["peft", "simo"].contains(&target.id())) {
+        let output = room.path().join(target.id());
+        let error = convert(&from, target.id(), &base, &output).unwrap_err();
+        assert_reason!(error, Reason::Losses { .. });
+    }
+    let error = merge(&options(&base, &from, &room.path().join("merged"))).unwrap_err();
+    assert_reason!(error, Reason::InputVectors { .. });
 }

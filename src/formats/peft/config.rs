@@ -126,6 +126,12 @@ pub(super) const INPUT_VECTORS: &[&str] = &[
     "CPT",
 ];
 
+/// Whether a configuration is that of prompts, prefixes and the like.
+pub(super) fn holds_vectors(object: &Object) -> bool {
+    let kind = object.get("peft_type").and_then(Value::as_str);
+    kind.is_some_and(|kind| INPUT_VECTORS.contains(&kind))
+}
+
 /// Values of `init_lora_weights` that leave the base alone.
 const HARMLESS_INITIALISATIONS: &[&str] = &["gaussian", "eva", "orthogonal", "mica"];
 

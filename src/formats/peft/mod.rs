@@ -59,6 +59,13 @@ impl Format for Peft {
             return without_configuration(found, options);
         };
         let path = config.input.path();
+        if options.carry_vectors && config::holds_vectors(&config.object) {
+            return Ok(Adapter {
+                unused: found.file.directory.tensors.clone(),
+                configuration: Some((&config.object).into()),
+                ..Adapter::default()
+            });
+        }
         let settings = Settings::read(&config.object, &options.allow_unknown_config)
             .map_err(|e| e.in_file(path))?;
         torchtune::refuse_translated(found)?;

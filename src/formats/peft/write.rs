@@ -28,6 +28,13 @@ impl Writer for Peft {
             folder: true,
             ..Written::default()
         };
+        if let Some(configuration) = &draft.adapter.configuration {
+            for tensor in &draft.adapter.unused {
+                written.put(draft, tensor.name.clone(), tensor);
+            }
+            written.config = Some(configuration.clone());
+            return Ok(written);
+        }
         let vectors = |named: &&Named| named.module.method.name() == ia3::IA3.name();
         let vectors = draft.modules.iter().filter(vectors).count() * 2 > draft.modules.len();
         let (modules, mut config) = match vectors {
