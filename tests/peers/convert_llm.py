@@ -216,47 +216,11 @@ def adapters(setup):
         setup.judge("AdapterHub", folder / name, "adapterhub", EXACT, compute)
 
 
-# ---------------------------------------------------------------- MLX, arrays of numpy
-
-def mlx(setup):
-    import mlx.core as mx
-    from mlx import nn
-
-    class Layer(nn.Module):
-        """As `LoRALinear` of mlx-lm names its factors."""
-
-        def __init__(self, down, up):
-            super().__init__()
-            self.lora_a, self.lora_b = mx.zeros(down), mx.zeros(up)
-
-    for family in (LLAMA, convert.QWEN2):
-        source = family / "plain"
-
-        def compute():
-            extra = ("--allow-losses",)  # a copy of the base's output layer
-            wanted = mx.load(str(setup.convert(source, "mlx", family / "base", extra=extra) / "adapters.safetensors"))
-            mx.eval(list(wanted.values()))
-            path = setup.convert(source, "mlx-npz", family / "base", extra=extra) / "adapters.npz"
-            found = mx.load(str(path))
-            for name in {key.rsplit(".", 1)[0] for key in wanted}:
-                layer = Layer(wanted[f"{name}.lora_a"].shape, wanted[f"{name}.lora_b"].shape)
-                own = [(key.rsplit(".", 1)[1], value) for key, value in found.items() if key.startswith(f"{name}.")]
-                layer.load_weights(own)
-            whole = nn.Module()
-            whole.load_weights(str(path), strict=False)
-            numbers = [{key: np.array(value) for key, value in all.items()} for all in (found, wanted)]
-            return relative(*numbers)
-
-        if not setup.selftest:
-            setup.judge("MLX", source, "mlx-npz", 0.0, compute)
-
-
 convert.PEERS = {
     "torchtune": (torchtune, ("torchtune", "torchao", "torch")),
     "litgpt": (litgpt, ("litgpt", "torch")),
     "loralib": (loralib, ("loralib", "torch")),
     "adapters": (adapters, ("adapters", "transformers", "torch")),
-    "mlx": (mlx, ("mlx",)),
 }
 
 if __name__ == "__main__":
