@@ -288,6 +288,7 @@ reasons! {
         ValuesNotFinite { count: u64, first: String } => "{count} values of the result are NaN or infinite where the base is finite, the first at {first}",
         AlphaNotFinite { value: String } => "alpha is {value}",
         FactorNotFinite { count: u64 } => "{count} values are NaN or infinite",
+        FactorOverflow { count: usize, dtype: String } => "{count} values are too large for {dtype}, the type that they would be written in",
     }
     Changed {
         InputChanged => "the file changed while it was being read",
@@ -409,6 +410,7 @@ impl Reason {
             Reason::ValuesNotFinite { .. } => {
                 "the adapter or its strength overflows the output type; --allow-nonfinite writes the values anyway, --dtype f32 gives them room"
             }
+            Reason::FactorOverflow { .. } => "--dtype f32 gives them room",
             Reason::UnknownConfigField { .. } => {
                 "if you know that it does not matter, accept it with --allow-unknown-config NAME"
             }

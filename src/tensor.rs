@@ -475,6 +475,23 @@ pub fn is_finite_at(float: Float, bytes: &[u8], index: usize) -> bool {
     }
 }
 
+/// Rounds values to a type that must have room for them.
+///
+/// # Errors
+/// [`Reason::FactorOverflow`] where finite values would become infinite.
+pub fn narrowed(float: Float, values: &[f64]) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; values.len() * float.size()];
+    narrow(float, values, &mut bytes);
+    let lost = |index: &usize| values[*index].is_finite() && !is_finite_at(float, &bytes, *index);
+    match (0..values.len()).filter(lost).count() {
+        0 => Ok(bytes),
+        count => {
+            let dtype = float.dtype().to_string();
+            Err(Error::new(Reason::FactorOverflow { count, dtype }))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -13,7 +13,7 @@ use crate::naming::component::Component;
 use crate::naming::families::Layout;
 use crate::naming::{Attention, path};
 use crate::notice::Notice;
-use crate::tensor::{DType, Float, Tensor, narrow, widen};
+use crate::tensor::{DType, Float, Tensor, narrow, narrowed, widen};
 
 /// A power of a format: writing.
 pub trait Writer: Sync {
@@ -231,7 +231,7 @@ impl Written {
         if by == 1.0 {
             return;
         }
-        let exact = by.abs().log2().fract() == 0.0;
+        let exact = by == 0.0 || by.abs().log2().fract() == 0.0;
         self.folded.push(Loss {
             item: named.module.path.clone(),
             text: match exact {
@@ -305,9 +305,9 @@ impl Written {
                 ..
             } = factors.scale;
             let stated = alpha.filter(|alpha| own == Some(rank) && alpha / rank as f64 == value);
-            stated.unwrap_or(value * rank as f64).to_bits()
+            stated.unwrap_or(value * rank as f64)
         });
-        let alpha = most_common(alphas).map_or(rank as f64, f64::from_bits);
+        let alpha = common(alphas).unwrap_or(rank as f64);
         for (named, factors, _) in &mut all {
             let by = factors.scale.value / (alpha / rank as f64);
             self.fold(draft, named, factors, by);
@@ -323,6 +323,12 @@ impl Written {
             dora,
         }
     }
+}
+
+/// The number that most modules have, of which those of the others are multiples: never zero, which has none.
+pub(super) fn common(numbers: impl Iterator<Item = f64>) -> Option<f64> {
+    let usable = numbers.filter(|number| number.is_finite() && *number != 0.0);
+    most_common(usable.map(f64::to_bits)).map(f64::from_bits)
 }
 
 /// A matrix with zeros behind its rows (0) or columns (1).
@@ -506,9 +512,7 @@ pub(super) fn scaled(tensor: &Tensor, by: f64, dtype: Option<Float>) -> Tensor {
     let made = move || {
         let mut values = source.to_f64()?;
         values.iter_mut().for_each(|value| *value *= by);
-        let mut bytes = vec![0; values.len() * float.size()];
-        narrow(float, &values, &mut bytes);
-        Ok(bytes)
+        narrowed(float, &values).map_err(|e| e.in_file(source.input.path()).on(&*source.name))
     };
     tensor.derived(float.dtype(), tensor.shape.clone(), Arc::new(made))
 }

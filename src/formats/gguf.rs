@@ -5,7 +5,7 @@
 //! is zero or missing. `lora_a` of the token embedding is stored transposed. Names and the order of rows are
 //! those of the weights in GGUF.
 
-use super::draft::{Draft, Writer, Written, most_common, transposed};
+use super::draft::{Draft, Writer, Written, common, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -132,15 +132,14 @@ impl Writer for Gguf {
             }
             modules.push((named, factors));
         }
-        let alpha = most_common(
-            modules
-                .iter()
-                .map(|(_, factors)| (factors.alpha() as f32).to_bits()),
-        );
-        let alpha = alpha.map_or(1.0, f32::from_bits);
+        // Zero is none for llama.cpp, and the scale then 1.
+        let alphas = modules
+            .iter()
+            .map(|(_, factors)| f64::from(factors.alpha() as f32));
+        let alpha = common(alphas).unwrap_or(1.0);
         for (named, mut factors) in modules {
             // The scale that is left after α over the rank of the tensor.
-            let stated = f64::from(alpha) / factors.rank() as f64;
+            let stated = alpha / factors.rank() as f64;
             let by = factors.scale.value / stated;
             written.fold(draft, named, &mut factors, by);
             let key = |end: &str| format!("{}.weight.{end}", named.path);
@@ -159,7 +158,7 @@ impl Writer for Gguf {
                 Value::Text(architecture.to_owned()),
             ),
             ("adapter.type".to_owned(), Value::Text("lora".to_owned())),
-            (ALPHA.to_owned(), Value::F32(alpha)),
+            (ALPHA.to_owned(), Value::F32(alpha as f32)),
         ];
         written.header = Some(Box::new(move |tensors: &[Tensor]| {
             let entries: Vec<Entry<'_>> = tensors

@@ -4,7 +4,7 @@
 //! and α is a number of the training script alone. `MergedLinear` keeps which parts of a fused layer it adapts
 //! in the script too. A model saved in evaluation mode has the product in its weight already.
 
-use super::draft::{Draft, Writer, Written, is_embedding, most_common, transposed};
+use super::draft::{Draft, Writer, Written, common, is_embedding, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -130,8 +130,8 @@ impl Writer for Loralib {
             }
             modules.push((named, factors));
         }
-        let alphas = modules.iter().map(|(_, factors)| factors.alpha().to_bits());
-        let alpha = most_common(alphas).map_or(1.0, f64::from_bits);
+        let alphas = modules.iter().map(|(_, factors)| factors.alpha());
+        let alpha = common(alphas).unwrap_or(1.0);
         written.alpha = Some(alpha);
         for (named, mut factors) in modules {
             let by = factors.scale.value / (alpha / factors.rank() as f64);

@@ -9,9 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::draft::{
-    Draft, Writer, Written, is_embedding, most_common, reshaped, transposed, typed,
-};
+use super::draft::{Draft, Writer, Written, common, is_embedding, reshaped, transposed, typed};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
@@ -105,8 +103,7 @@ impl Writer for Mlx {
         };
         let of_dora = |named: &&super::Named| named.module.method.name() == dora::DORA.name();
         let dora = draft.modules.iter().filter(of_dora).count() * 2 > draft.modules.len();
-        let scale = most_common(draft.modules.iter().map(|n| n.module.scale.value.to_bits()));
-        let scale = scale.map_or(1.0, f64::from_bits);
+        let scale = common(draft.modules.iter().map(|n| n.module.scale.value)).unwrap_or(1.0);
         let mut rank = None;
         let mut keys = std::collections::BTreeSet::new();
         for named in &draft.modules {

@@ -20,7 +20,7 @@ use crate::adapter::{
 };
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
-use crate::tensor::{DType, Float, Tensor, narrow};
+use crate::tensor::{DType, Float, Tensor, narrowed};
 
 /// A, r × in (× kernel): maps inputs to the rank.
 pub const DOWN: Role = Role::new("down");
@@ -332,9 +332,8 @@ fn blocks(
             }
         }
     }
-    let mut bytes = vec![0; values.len() * float.size()];
-    narrow(float, &values, &mut bytes);
-    Ok(bytes)
+    let first = &ups[0].0;
+    narrowed(float, &values).map_err(|e| e.in_file(first.input.path()).on(&*first.name))
 }
 
 /// The same where no element changes.

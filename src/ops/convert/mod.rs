@@ -160,7 +160,8 @@ pub fn plan(options: &Options) -> Result<Plan> {
             .cmp(&a.dtype.bitsize())
             .then(a.name.cmp(&b.name))
     });
-    if !written.losses.is_empty() && !options.allow_losses {
+    let nothing_left = written.tensors.is_empty();
+    if !written.losses.is_empty() && (nothing_left || !options.allow_losses) {
         let reason = Reason::Losses {
             format: target.name(),
             count: written.losses.len(),
@@ -172,9 +173,12 @@ pub fn plan(options: &Options) -> Result<Plan> {
         return Err(Error::new(reason)
             .in_file(&options.adapter)
             .with_cases(cases.collect())
-            .with_hint("--allow-losses writes the rest without these parts"));
+            .with_hint(match nothing_left {
+                true => "nothing would be left; choose another format",
+                false => "--allow-losses writes the rest without these parts",
+            }));
     }
-    if written.tensors.is_empty() {
+    if nothing_left {
         return Err(Error::new(Reason::NothingSelected).in_file(&options.adapter));
     }
     let mut names: Vec<&str> = written
