@@ -37,6 +37,7 @@ mod names;
 mod oracle;
 mod output;
 mod overflow;
+mod readme;
 mod real_adapters;
 mod support;
 mod tied;
