@@ -33,9 +33,15 @@ pub(super) static OLD: Diffusers = Diffusers {
     id: "diffusers-old",
     name: "diffusers (attention processors)",
     recognises: |found| {
-        found
-            .names()
-            .any(|name| name.contains(".processor.") && name.contains("_lora."))
+        // Those of a text encoder have no processors.
+        let is_projection = |name: &str| {
+            let owner = name.strip_suffix("_lora.down.weight");
+            let leaf = owner.and_then(|owner| owner.rsplit_once('.'));
+            leaf.is_some_and(|(_, leaf)| ["to_q", "to_k", "to_v", "to_out"].contains(&leaf))
+        };
+        found.names().any(|name| {
+            name.contains(".processor.") && name.contains("_lora.") || is_projection(name)
+        })
     },
     write: |draft, written| folded(true, draft, written),
 };

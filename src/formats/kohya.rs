@@ -123,9 +123,15 @@ fn prefix<'a>(draft: &Draft<'a>, named: &Named) -> Option<&'a str> {
         return Some(prefix);
     }
     let component = named.component?;
-    let single = draft.family.is_none_or(|family| family == "sd1");
+    let single = || {
+        let second = |other: &Named| {
+            let part = other.component.map(|part| part.flattened);
+            part.is_some_and(|names| names.contains(&"lora_te2_"))
+        };
+        draft.family.is_none_or(|family| family == "sd1") && !draft.modules.iter().any(second)
+    };
     Some(match component.flattened {
-        ["lora_te_", ..] if single => "lora_te_",
+        ["lora_te_", ..] if single() => "lora_te_",
         ["lora_te_", ..] => "lora_te1_",
         [first, ..] => first,
         [] => return None,

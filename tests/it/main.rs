@@ -10,6 +10,7 @@ mod cli;
 mod conversion_laws;
 mod conversions;
 mod convert;
+mod convert_names;
 mod convert_values;
 mod definition;
 mod families;

@@ -160,6 +160,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
             .cmp(&a.dtype.bitsize())
             .then(a.name.cmp(&b.name))
     });
+    check_prefix(options, &written)?;
     let nothing_left = written.tensors.is_empty();
     if !written.losses.is_empty() && (nothing_left || !options.allow_losses) {
         let reason = Reason::Losses {
@@ -230,6 +231,32 @@ pub fn plan(options: &Options) -> Result<Plan> {
     plan.destination(&Control::default())?
         .check_space(plan.report.bytes)?;
     Ok(plan)
+}
+
+/// Refuses a prefix that nothing is written behind, and one that would not end where names begin.
+fn check_prefix(options: &Options, written: &Written) -> Result<()> {
+    let Some(prefix) = &options.prefix else {
+        return Ok(());
+    };
+    let problem = if !prefix
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '_')
+        || prefix.trim_matches('_').is_empty()
+    {
+        "a prefix is letters, digits and underscores"
+    } else if written
+        .tensors
+        .iter()
+        .any(|tensor| tensor.name.starts_with(prefix))
+    {
+        return Ok(());
+    } else {
+        "only flattened names have a prefix, as --to kohya writes them"
+    };
+    Err(Error::new(Reason::BadOption {
+        text: prefix.clone(),
+        problem: problem.to_owned(),
+    }))
 }
 
 /// What a format could not say of an adapter, and what would be multiplied into factors.

@@ -1,6 +1,6 @@
 //! The names of the target: the hub's, or another layout's, looked up in the families or in a base.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
 use indexmap::IndexSet;
@@ -68,19 +68,22 @@ pub(super) fn family(
         .filter(|(_, count)| *count == known && known > 0)
         .map(|(name, _)| name)
         .collect();
-    if all.len() > 1
-        && let Some(base) = base
-    {
+    if let Some(base) = base.filter(|_| !all.is_empty()) {
+        let of_base = denoisers_of(base);
+        let has = |name: &str| of_base.get(name).copied().unwrap_or(0);
         // The base has names of one of them.
-        let has = |name: &&'static str| {
-            let in_base = base.tensors().filter(|tensor| {
-                let path = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
-                let found = find(split(path, false).path, false);
-                found.iter().any(|found| found.family.name == *name)
-            });
-            in_base.count()
-        };
-        let best = all.iter().map(has).max();
+        let best = all.iter().map(|name| has(name)).max();
+        if best == Some(0)
+            && let Some((of_base, _)) = of_base.iter().max_by_key(|(_, count)| **count)
+        {
+            return Err(Error::new(Reason::BadOption {
+                text: "--base".to_owned(),
+                problem: format!(
+                    "the base is of {of_base}, and the adapter's names are of {}",
+                    all.join(" or ")
+                ),
+            }));
+        }
         all.retain(|name| Some(has(name)) == best);
     }
     if all.len() > 1 {
@@ -95,6 +98,24 @@ pub(super) fn family(
         [only] => Some(only),
         _ => None,
     })
+}
+
+/// The families of denoisers that know names of a base, and how many.
+fn denoisers_of(base: &Checkpoint) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for tensor in base.tensors() {
+        let path = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+        let found = find(split(path, false).path, false);
+        let names: BTreeSet<&str> = found
+            .iter()
+            .filter(|found| found.family.denoiser().is_some())
+            .map(|found| found.family.name)
+            .collect();
+        for name in names {
+            *counts.entry(name).or_default() += 1;
+        }
+    }
+    counts
 }
 
 /// The metadata that state the base, as sd-scripts writes them.
@@ -366,6 +387,10 @@ impl Renaming<'_> {
             Some(component) if component.is_text => None,
             _ => self.layout,
         };
+        if found.is_empty() && self.is_of_another_family(module, parts) {
+            self.unknown.push(module.path.clone());
+            return Ok(());
+        }
         if layout.is_none() && found.iter().any(hub) {
             found.retain(hub);
         }
@@ -424,6 +449,16 @@ impl Renaming<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// Whether a layer of a denoiser is known, but not to the family that the adapter is said to be of.
+    fn is_of_another_family(&self, module: &Module, parts: InPart<'_>) -> bool {
+        let text = parts.component.is_some_and(|component| component.is_text);
+        let of_denoiser = |found: &Match| found.family.denoiser().is_some();
+        let own = self.family.and_then(Family::named);
+        own.is_some_and(|own| own.denoiser().is_some())
+            && !text
+            && matches(module).iter().any(of_denoiser)
     }
 
     /// Whether a family may name a module: the one of the denoiser, or any for a text encoder.

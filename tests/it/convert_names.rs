@@ -1,0 +1,137 @@
+//! Names that a conversion must not give in silence: of another family than the model's, of another part, or such
+//! that nothing reads them again.
+
+use std::path::{Path, PathBuf};
+
+use loratool::formats::Found;
+use loratool::ops::convert::{self, Options, Report};
+use loratool::ops::merge::Control;
+use loratool::{Error, Kind};
+use safetensors::Dtype;
+
+use crate::oracle::{self, Stored};
+use crate::support::{fixture, write_base};
+
+/// Converts into the folder `out` of a room.
+fn converted(room: &Path, options: Options) -> Result<Report, Error> {
+    let output = room.join("out");
+    convert::plan(&Options { output, ..options })?.run(&Control::default())
+}
+
+fn to(adapter: PathBuf, to: &str) -> Options {
+    Options {
+        adapter,
+        to: to.to_owned(),
+        ..Options::default()
+    }
+}
+
+/// A file of kohya with factors of rank 2 for some modules.
+fn kohya(room: &Path, modules: &[&str]) -> PathBuf {
+    let keys = modules.iter().flat_map(|module| {
+        [("down", [2, 4]), ("up", [4, 2])]
+            .map(|(end, shape)| (format!("{module}.lora_{end}.weight"), shape))
+    });
+    let keys: Vec<(String, [usize; 2])> = keys.collect();
+    let tensors: Vec<(&str, Stored)> = keys
+        .iter()
+        .map(|(key, shape)| (key.as_str(), Stored::of(Dtype::F32, shape, &[0.5; 8])))
+        .collect();
+    write_base(&room.join("adapter"), None, &tensors);
+    room.join("adapter/model.safetensors")
+}
+
+fn names(room: &Path, file: &str) -> Vec<String> {
+    oracle::read(&room.join("out").join(file))
+        .into_keys()
+        .collect()
+}
+
+const TEXT: &str = "text_model_encoder_layers_0_self_attn_q_proj";
+
+#[test]
+fn a_family_that_contradicts_the_names_is_refused() {
+    for (target, family) in [("kohya", "sd1"), ("comfyui", "sdxl"), ("peft", "sd1")] {
+        let room = tempfile::tempdir().unwrap();
+        let options = Options {
+            family: Some(family.to_owned()),
+            ..to(fixture("formats/flux/diffusers.safetensors"), target)
+        };
+        let error = converted(room.path(), options).expect_err("it must be refused");
+        assert_eq!(error.kind(), Kind::Unresolved, "{target}: {error:?}");
+        assert!(!error.cases().is_empty());
+    }
+}
+
+#[test]
+fn a_base_of_another_family_than_the_adapter_is_refused() {
+    let flux = fixture("formats/flux");
+    for (adapter, base) in [
+        (
+            fixture("lycoris/unet_attn/kohya.safetensors"),
+            flux.join("base.safetensors"),
+        ),
+        (
+            flux.join("kohya.safetensors"),
+            fixture("lycoris/unet_attn/unet.safetensors"),
+        ),
+    ] {
+        for target in ["peft", "comfyui", "diffusers"] {
+            let room = tempfile::tempdir().unwrap();
+            let options = Options {
+                base: Some(base.clone()),
+                ..to(adapter.clone(), target)
+            };
+            let error = converted(room.path(), options).expect_err("it must be refused");
+            assert_eq!(error.kind(), Kind::Usage, "{target}: {error:?}");
+            assert!(error.to_string().contains("the base is of "), "{error}");
+        }
+    }
+}
+
+#[test]
+fn the_first_of_two_text_encoders_has_its_number_in_kohya() {
+    let room = tempfile::tempdir().unwrap();
+    let modules = ["lora_te1_", "lora_te2_"].map(|prefix| format!("{prefix}{TEXT}"));
+    let file = kohya(room.path(), &modules.each_ref().map(String::as_str));
+    converted(room.path(), to(file, "kohya")).unwrap();
+    let names = names(room.path(), "adapter.safetensors");
+    for module in &modules {
+        assert!(
+            names.iter().any(|name| name.starts_with(module)),
+            "{names:?}"
+        );
+    }
+}
+
+#[test]
+fn a_prefix_that_nothing_can_be_written_behind_is_refused() {
+    for (target, prefix) in [("kohya", "_"), ("kohya", "a.b_"), ("peft", "lycoris_")] {
+        let room = tempfile::tempdir().unwrap();
+        let options = Options {
+            prefix: Some(prefix.to_owned()),
+            ..to(kohya(room.path(), &[&format!("lora_te_{TEXT}")]), target)
+        };
+        let error = converted(room.path(), options).expect_err("it must be refused");
+        assert_eq!(error.kind(), Kind::Usage, "{target} {prefix}: {error:?}");
+        assert!(error.to_string().contains("prefix"), "{error}");
+    }
+}
+
+#[test]
+fn old_names_of_a_text_encoder_alone_are_recognised() {
+    let room = tempfile::tempdir().unwrap();
+    let file = kohya(room.path(), &[&format!("lora_te_{TEXT}")]);
+    converted(room.path(), to(file, "diffusers-old")).unwrap();
+    let found = Found::open(&room.path().join("out")).unwrap();
+    assert_eq!(
+        found.format().map(|format| format.id()),
+        Some("diffusers-old")
+    );
+    let adapter = found.read(&Default::default()).unwrap();
+    let paths: Vec<&str> = adapter.modules.iter().map(|module| &*module.path).collect();
+    assert_eq!(
+        paths,
+        ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
+    );
+}
