@@ -15,7 +15,9 @@ use super::{Common, Outcome, Path, inspect, render};
 Examples:
   loratool check my-adapter/
   loratool check my-adapter/ --base base-model/ --json > verdict.json
-  loratool check my-lora.safetensors --to comfyui      # nothing may be lost there")]
+  loratool check my-lora.safetensors --to comfyui      # nothing may be lost there
+  loratool check flux-lora.safetensors --to kohya --family flux1 --quiet
+  loratool check lora.pt --base roberta/ --adapter-alpha 16")]
 pub(super) struct Check {
     /// An adapter folder, a checkpoint folder, or a file of tensors
     path: Path,

@@ -6,7 +6,7 @@ use loratool::ops::merge::Control;
 use loratool::printable;
 
 use super::render::{self, Stderr, bytes, folded};
-use super::{Common, Outcome, Path, Type, cancel_flag};
+use super::{Common, Outcome, Path, Type, cancel_flag, targets};
 
 /// Write an adapter in another spelling, with everything the target cannot say listed.
 ///
@@ -18,12 +18,17 @@ Examples:
   loratool convert my-lora/ --to kohya --output my-lora.safetensors
   loratool convert kohya.safetensors --to diffusers --output out/
   loratool convert unet-lora.safetensors --to peft --output peft/ --base unet/
+  loratool convert unet-only.safetensors --to diffusers --output out/ --component unet
+  loratool convert flux.safetensors --to kohya --output k.safetensors --family flux1 --dtype bf16
+  loratool convert sdxl.safetensors --to kohya --output l.safetensors --names ldm --prefix lycoris
+  loratool convert simo.safetensors --to peft --output peft/ --order sd1 --only 'attn1'
+  loratool convert lora.pt --to peft --output peft/ --adapter-alpha 16
   loratool convert my-lora/ --to mlx --output mlx/ --dry-run")]
 pub(super) struct Convert {
     /// An adapter folder, or its file of tensors
     adapter: Path,
     /// The format to write
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
     to: String,
     /// A folder, or a file where the format is one file
     #[arg(long, short, value_name = "PATH")]

@@ -16,7 +16,10 @@ use super::{Common, Outcome, Path};
 Examples:
   loratool inspect my-adapter/
   loratool inspect adapter_model.safetensors --json | jq .adapter.scales
-  loratool inspect my-lora.safetensors --to all")]
+  loratool inspect my-lora.safetensors --to all
+  loratool inspect flux-lora.safetensors --to kohya --to xlabs --family flux1
+  loratool inspect my-lora/ --to gguf --base llama/
+  loratool inspect simo.safetensors --order sd1")]
 pub(super) struct Inspect {
     /// An adapter folder, a checkpoint folder, or a file of tensors
     path: Path,
@@ -33,7 +36,7 @@ pub(super) struct Inspect {
 #[derive(Args, Debug)]
 pub(super) struct Targets {
     /// List what this format cannot say (repeatable; `all`: each that is written)
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", value_parser = super::targets(["all"]), hide_possible_values = true)]
     to: Vec<String>,
     /// The family of the model, where names alone do not tell it
     #[arg(long, value_name = "NAME", requires = "to")]

@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use loratool::Error;
 use loratool::formats::{Order, ReadOptions};
+use loratool::ops::convert::targets as written;
 use loratool::tensor::Float;
 
 mod check;
@@ -85,6 +87,12 @@ struct Common {
     /// Layers of adapters that only number them (cloneofsimo): `sd1`, or a file with a path on each line
     #[arg(long, value_name = "TABLE")]
     order: Option<String>,
+}
+
+/// The formats that are written, and other values.
+fn targets<const N: usize>(others: [&'static str; N]) -> PossibleValuesParser {
+    let formats = written().map(|format| PossibleValue::new(format.id()).help(format.name()));
+    PossibleValuesParser::new(formats.chain(others.map(PossibleValue::new)))
 }
 
 impl Common {
