@@ -410,6 +410,9 @@ impl Reason {
             Reason::ValuesNotFinite { .. } => {
                 "the adapter or its strength overflows the output type; --allow-nonfinite writes the values anyway, --dtype f32 gives them room"
             }
+            Reason::OutputNameTwice { .. } => {
+                "a format that does not name the parts of a pipeline holds one of them: choose it with --only"
+            }
             Reason::FactorOverflow { .. } => "--dtype f32 gives them room",
             Reason::UnknownConfigField { .. } => {
                 "if you know that it does not matter, accept it with --allow-unknown-config NAME"

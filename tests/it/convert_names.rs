@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use loratool::formats::Found;
+use loratool::notice::{Notice, NoticeKind};
 use loratool::ops::convert::{self, Options, Report};
 use loratool::ops::merge::Control;
 use loratool::{Error, Kind};
@@ -115,6 +116,51 @@ fn a_prefix_that_nothing_can_be_written_behind_is_refused() {
         let error = converted(room.path(), options).expect_err("it must be refused");
         assert_eq!(error.kind(), Kind::Usage, "{target} {prefix}: {error:?}");
         assert!(error.to_string().contains("prefix"), "{error}");
+    }
+}
+
+#[test]
+fn parts_of_a_pipeline_in_one_adapter_of_peft_are_told() {
+    let unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q";
+    let text = format!("lora_te_{TEXT}");
+    for (modules, told) in [(vec![unet], 0), (vec![&text], 0), (vec![unet, &text], 1)] {
+        let room = tempfile::tempdir().unwrap();
+        let report = converted(room.path(), to(kohya(room.path(), &modules), "peft")).unwrap();
+        let few = |notice: &&Notice| notice.kind == NoticeKind::LoadedByFew;
+        assert_eq!(
+            report.notices.iter().filter(few).count(),
+            told,
+            "{modules:?}"
+        );
+    }
+    let room = tempfile::tempdir().unwrap();
+    let both = [text, format!("lora_te2_{TEXT}")];
+    let file = kohya(room.path(), &both.each_ref().map(String::as_str));
+    let error = converted(room.path(), to(file, "peft")).expect_err("it must be refused");
+    assert_eq!(error.kind(), Kind::Output, "{error:?}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("--only")));
+}
+
+#[test]
+fn a_layer_of_one_name_in_both_layouts_is_not_ambiguous() {
+    for (family, layer) in [
+        ("qwen-image", "img_in"),
+        ("qwen-image", "transformer_blocks.0.attn.to_q"),
+        ("sd3", "context_embedder"),
+        ("lumina2", "x_embedder"),
+        ("ltx", "caption_projection.linear_1"),
+        ("z-image", "context_refiner.0.feed_forward.w1"),
+    ] {
+        let room = tempfile::tempdir().unwrap();
+        let module = format!("lora_unet_{}", layer.replace('.', "_"));
+        let options = Options {
+            family: Some(family.to_owned()),
+            ..to(kohya(room.path(), &[&module]), "comfyui")
+        };
+        converted(room.path(), options).unwrap_or_else(|error| panic!("{family}: {error:?}"));
+        let names = names(room.path(), "adapter.safetensors");
+        let key = format!("diffusion_model.{layer}.lora_up.weight");
+        assert!(names.contains(&key), "{family}: {names:?}");
     }
 }
 

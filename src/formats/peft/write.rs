@@ -15,6 +15,7 @@ use crate::formats::draft::{
 };
 use crate::methods::ia3;
 use crate::naming::families::Layout;
+use crate::notice::{Notice, NoticeKind};
 
 impl Writer for Peft {
     fn layout(&self, _family: Option<&str>) -> Option<Layout> {
@@ -43,6 +44,14 @@ impl Writer for Peft {
                 format!("{}{path}", super::key::PREFIX)
             }),
         };
+        let parts = draft.modules.iter().map(|named| named.component);
+        let parts: BTreeSet<&str> = parts.flatten().map(|part| part.name).collect();
+        if parts.len() > 1 {
+            let text = "modules of several parts of a pipeline, of which PEFT loads those of one model; --only \
+                        chooses a part, --to diffusers keeps all";
+            let notice = Notice::new(NoticeKind::LoadedByFew, text);
+            written.notices.push(notice);
+        }
         let kind = if vectors { "IA3" } else { "LORA" };
         config.insert("peft_type".to_owned(), json!(kind));
         config.insert(

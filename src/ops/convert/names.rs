@@ -410,7 +410,12 @@ impl Renaming<'_> {
             };
             let same = |(known, first): &(Vec<String>, Match)| {
                 let rows = moved(layout, first) == moved(layout, found);
-                *known == all && first.side == found.side && rows
+                // A layer of one name in both layouts is found on both sides.
+                let one = |found: &Match| {
+                    found.row.rows == Rows::Whole && found.row.hub == found.row.other
+                };
+                let side = first.side == found.side && rows || one(first) && one(found);
+                *known == all && side
             };
             if !names.iter().any(same) {
                 names.push((all, found.clone()));
