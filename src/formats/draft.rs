@@ -311,10 +311,7 @@ impl Written {
         for (named, factors, _) in &mut all {
             let by = factors.scale.value / (alpha / rank as f64);
             self.fold(draft, named, factors, by);
-            if factors.rank() < rank {
-                factors.down = filled(&factors.down, 0, rank);
-                factors.up = filled(&factors.up, 1, rank);
-            }
+            factors.fill(rank);
         }
         Alike {
             modules: all,
@@ -423,6 +420,14 @@ impl LowRank {
     /// The rank of the tensors.
     pub(super) fn rank(&self) -> usize {
         self.down.dimension(0)
+    }
+
+    /// Fills the factors of a smaller rank up with zeros, which changes no product.
+    pub(super) fn fill(&mut self, rank: usize) {
+        if self.rank() < rank {
+            self.down = filled(&self.down, 0, rank);
+            self.up = filled(&self.up, 1, rank);
+        }
     }
 
     /// The α of which α/rank is the scale: the stored one where the rank is that of the tensors.

@@ -104,11 +104,10 @@ impl Writer for Mlx {
         let of_dora = |named: &&super::Named| named.module.method.name() == dora::DORA.name();
         let dora = draft.modules.iter().filter(of_dora).count() * 2 > draft.modules.len();
         let scale = common(draft.modules.iter().map(|n| n.module.scale.value)).unwrap_or(1.0);
-        let mut rank = None;
-        let mut keys = std::collections::BTreeSet::new();
+        let mut all = Vec::new();
         for named in &draft.modules {
             let item = &*named.module.path;
-            let Some(mut factors) = written.low_rank(named, true) else {
+            let Some(factors) = written.low_rank(named, true) else {
                 continue;
             };
             if factors.down.shape.len() != 2 || factors.mid.is_some() {
@@ -128,12 +127,15 @@ impl Writer for Mlx {
                 written.lose(item, "DoRA of an embedding with norms per feature");
                 continue;
             }
-            // MLX gives all layers one rank; a smaller one is not loaded.
-            if rank.is_some_and(|rank| rank != factors.rank()) {
-                written.lose(item, "another rank than that of the first module");
-                continue;
+            all.push((named, factors));
+        }
+        // MLX gives all layers one rank and loads no other.
+        let rank = all.iter().map(|(_, factors)| factors.rank()).max();
+        let mut keys = std::collections::BTreeSet::new();
+        for (named, mut factors) in all {
+            if let Some(rank) = rank {
+                factors.fill(rank);
             }
-            rank = Some(factors.rank());
             if named.module.scale.value != scale {
                 let by = named.module.scale.value / scale;
                 written.fold(draft, named, &mut factors, by);

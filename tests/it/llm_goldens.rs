@@ -1,7 +1,7 @@
 //! Adapters of torchtune, LitGPT, loralib and AdapterHub against what these libraries merged themselves
 //! (`fixtures/make_formats_llm.py`), onto bases in their own names and in the hub's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use loratool::containers::TensorFile;
@@ -497,6 +497,30 @@ fn an_archive_that_is_written_has_the_same_bytes_every_time_and_aligned_data() {
             tensors.iter().all(|tensor| tensor.offset % alignment == 0),
             "{to}"
         );
+    }
+}
+
+#[test]
+fn modules_of_several_ranks_get_the_one_rank_that_mlx_loads() {
+    let room = tempfile::tempdir().unwrap();
+    let golden = golden("gguf/llama/patterns", HUB, "gguf/llama/patterns-changed");
+    let ranks = |file: &Path, key: &str, axis: usize| {
+        let file = TensorFile::open(file).unwrap();
+        let tensors = file.directory.tensors.iter();
+        let factors = tensors.filter(|tensor| tensor.name.contains(key));
+        factors.map(|tensor| tensor.shape[axis]).collect()
+    };
+    let source = golden.adapter.join("adapter_model.safetensors");
+    let own: BTreeSet<usize> = ranks(&source, ".lora_A", 0);
+    assert!(own.len() > 1, "{own:?}");
+    let largest = own.last().copied().into_iter().collect();
+    for (to, file) in [("mlx", "adapters.safetensors"), ("mlx-npz", "adapters.npz")] {
+        let output = room.path().join(to);
+        convert(&golden.adapter, to, &golden.base, &output).unwrap();
+        assert_eq!(ranks(&output.join(file), ".lora_a", 1), largest, "{to}");
+        assert_eq!(ranks(&output.join(file), ".lora_b", 0), largest, "{to}");
+        let ours = merged(&golden.base, &output, ReadOptions::default());
+        compare(to, &ours, &golden, 1e-5);
     }
 }
 
