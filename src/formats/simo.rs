@@ -118,10 +118,14 @@ fn sd1() -> Vec<String> {
 }
 
 /// The classes that the layers of a part are looked for below, as the metadata list them.
-fn classes(part: &str) -> &'static str {
+///
+/// The script takes a pair for every layer that it finds, so no class may be named that the table leaves out.
+fn classes(part: &str, order: &Order) -> &'static str {
+    let gated = |layer: &&str| layer.ends_with(".ff.net.0.proj");
     match part.starts_with("text_encoder") {
         true => r#"["CLIPAttention"]"#,
-        false => r#"["CrossAttention", "Attention", "GEGLU"]"#,
+        false if order.of(part).iter().any(gated) => r#"["CrossAttention", "Attention", "GEGLU"]"#,
+        false => r#"["CrossAttention", "Attention"]"#,
     }
 }
 
@@ -345,7 +349,7 @@ impl Writer for Numbered {
             layers.sort_by_key(|(number, _)| *number);
             written
                 .metadata
-                .push((part.to_owned(), classes(part).to_owned()));
+                .push((part.to_owned(), classes(part, order).to_owned()));
             for (number, named) in layers {
                 let Some(mut factors) = written.two_factors(named) else {
                     continue;
