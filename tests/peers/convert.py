@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -35,6 +36,7 @@ from safetensors.numpy import load_file, save_file
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 FORMATS = FIXTURES / "formats"
 LLAMA, QWEN2 = FORMATS / "gguf" / "llama", FORMATS / "gguf" / "qwen2"
+UNET = FIXTURES / "lycoris" / "unet_attn"
 EXACT = 1e-4  # of f32 sums in another order
 
 
@@ -209,9 +211,24 @@ SPELLINGS = [
 CONTROLS = [("bfl", "", "", True), ("comfyui", "", "", False)]
 
 
+def tiny_unet():
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=8, layers_per_block=2, block_out_channels=(8, 8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 2, 4),
+        transformer_layers_per_block=(1, 1, 2), cross_attention_dim=12, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32)
+    state = load_file(UNET / "unet.safetensors")
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return model
+
+
 def diffusers(setup):
     import torch
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionXLPipeline
     from diffusers.loaders import lora_conversion_utils, lora_pipeline
 
     sys.path.insert(0, str(FIXTURES))
@@ -258,7 +275,8 @@ def diffusers(setup):
 
         def control():
             adapter = {}
-            norms = dict.fromkeys(("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"))
+            stems = ("double_blocks.0.img_attn", "double_blocks.0.txt_attn", "single_blocks.0")
+            norms = {f"{stem}.norm": None for stem in stems}
             for layer, shape in numbered(flux.bfl_layers() | norms):
                 flux.seed(layer)
                 if shape:
@@ -300,14 +318,7 @@ def diffusers(setup):
                         setup.judge("diffusers", source, f"{to}, `merge`", EXACT, merged_here, fault)
 
     def on_unet(path):
-        model = UNet2DConditionModel(
-            sample_size=8, layers_per_block=2, block_out_channels=(8, 8, 16), norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 2, 4),
-            transformer_layers_per_block=(1, 1, 2), cross_attention_dim=12, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32)
-        state = load_file(unet / "unet.safetensors")
-        model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+        model = tiny_unet()
         pipe = StableDiffusionXLPipeline(None, None, None, None, None, model, None)
         return fused(pipe, model, "unet", path)
 
@@ -347,22 +358,52 @@ def diffusers(setup):
                 fault = ("does not read set_weight, reshape_weight and diff_b, and says so", None)
             setup.judge("diffusers", source, to, EXACT, compute, fault)
     full_depth()
-    unet = FIXTURES / "lycoris" / "unet_attn"
-    wanted = load_file(unet / "unet_merged.safetensors")
+    wanted = load_file(UNET / "unet_merged.safetensors")
     for name in ("diffusers_new", "diffusers_mid", "diffusers_old", "kohya", "kohya_sgm", "comfy_native"):
-        source = unet / f"{name}.safetensors"
+        source = UNET / f"{name}.safetensors"
         if setup.selftest and name == "comfy_native" or not source.exists():
             continue
         targets = ("diffusers", "diffusers-mid", "diffusers-old", "kohya")
         for to in targets[:1] if setup.selftest else targets:
 
             def compute():
-                path = setup.convert(source, to, unet / "unet.safetensors", single=True)
+                path = setup.convert(source, to, UNET / "unet.safetensors", single=True)
                 return relative(on_unet(path), wanted)
 
             setup.judge("diffusers", source, to, EXACT, compute)
     if setup.selftest:
         assert relative(untouched, with_changes(folder / "base.safetensors", folder / "kohya-changed.safetensors")) > 0.01
+
+
+# ---------------------------------------------------------------- cloneofsimo
+
+def simo(setup, program):
+    """`program` is lora_diffusion/lora.py of cloneofsimo/lora, which alone is imported."""
+    spec = importlib.util.spec_from_file_location("simo_lora", program)
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    wanted = load_file(UNET / "unet_merged.safetensors")
+    model = tiny_unet()
+    names = {module: name for name, module in model.named_modules()}
+    # Adapted is attention alone.
+    layers = [names[module] for *_, module in library._find_modules(model, {"CrossAttention", "Attention"})]
+    order = setup.work / "order.txt"
+    order.write_text("".join(f"unet.{layer}\n" for layer in layers))
+    for name in ("diffusers_new", "diffusers_mid", "diffusers_old", "kohya", "kohya_sgm", "comfy_native"):
+        source = UNET / f"{name}.safetensors"
+
+        def compute():
+            model = tiny_unet()
+            extra = ("--order", order)
+            path = setup.convert(source, "simo", UNET / "unet.safetensors", single=True, extra=extra)
+            with safe_open(path, "pt") as file:
+                library.monkeypatch_or_replace_safeloras(types.SimpleNamespace(unet=model), file)
+            with contextlib.redirect_stdout(None):
+                library.collapse_lora(model)
+            return relative({key.replace(".linear.", "."): value.detach().numpy()
+                             for key, value in model.state_dict().items() if ".lora_" not in key}, wanted)
+
+        setup.judge("cloneofsimo", source, "simo", EXACT, compute)
 
 
 # ---------------------------------------------------------------- llama.cpp
@@ -487,6 +528,7 @@ def main():
     parser.add_argument("--loratool", type=Path, help="the program to test")
     parser.add_argument("--work", type=Path, required=True, help="a folder for what is written")
     parser.add_argument("--peer", choices=PEERS, action="append", help="only this one (repeatable)")
+    parser.add_argument("--simo", type=Path, help="lora_diffusion/lora.py of cloneofsimo/lora, to be asked as well")
     parser.add_argument("--selftest", action="store_true", help="only files that the peers wrote")
     arguments = parser.parse_args()
     if not arguments.selftest and not arguments.loratool:
@@ -503,6 +545,8 @@ def main():
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions.append(f"{package} {importlib.metadata.version(package)}")
         check(setup)
+    if arguments.simo and not arguments.selftest:
+        simo(setup, arguments.simo)
     versions = ", ".join(dict.fromkeys(versions))
     print(f"\n{versions or 'no peer'}; Python {sys.version.split()[0]}\n")
     print("| peer | adapter | as | result | largest difference, or why |\n|---|---|---|---|---|")
