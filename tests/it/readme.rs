@@ -24,7 +24,7 @@ fn readme_says_of_each_format_whether_it_is_written() {
     let (mut written, mut others) = (BTreeSet::new(), BTreeSet::new());
     for row in rows {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        let [_, format, _read, _merge, write, _] = cells[..] else {
+        let [_, format, _read, _merge, _convert, write, _] = cells[..] else {
             panic!("{row}");
         };
         let known = |name: &&str| FORMATS.iter().any(|format| format.id() == *name);
