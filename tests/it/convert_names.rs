@@ -91,20 +91,6 @@ fn a_base_of_another_family_than_the_adapter_is_refused() {
 }
 
 #[test]
-fn a_base_that_has_none_of_the_layers_is_refused() {
-    for target in ["peft", "kohya", "diffusers", "mlx"] {
-        let room = tempfile::tempdir().unwrap();
-        let options = Options {
-            base: Some(fixture("peft/bases/llama")),
-            ..to(fixture("formats/flux/diffusers.safetensors"), target)
-        };
-        let error = converted(room.path(), options).expect_err("it must be refused");
-        assert_eq!(error.kind(), Kind::Unresolved, "{target}: {error:?}");
-        assert_eq!(error.cases().len(), 28, "{target}");
-    }
-}
-
-#[test]
 fn the_first_of_two_text_encoders_has_its_number_in_kohya() {
     let room = tempfile::tempdir().unwrap();
     let modules = ["lora_te1_", "lora_te2_"].map(|prefix| format!("{prefix}{TEXT}"));

@@ -301,17 +301,8 @@ fn in_layout(
         absent: Vec::new(),
         experts: Vec::new(),
     };
-    // A base without any of them is that of another model.
-    if modules
-        .iter()
-        .all(|module| renaming.is_absent(&module.path, module.spelling))
-    {
-        let all = modules.iter().map(|module| module.path.clone());
-        renaming.absent.extend(all);
-    } else {
-        for module in modules {
-            renaming.module(module)?;
-        }
+    for module in modules {
+        renaming.module(module)?;
     }
     let fail = |reason, cases| Err(Error::new(reason).with_cases(cases));
     if !renaming.ambiguous.is_empty() {
