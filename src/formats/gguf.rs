@@ -196,11 +196,12 @@ fn alpha(found: &Found) -> Result<f64> {
         return Ok(0.0);
     };
     let expected = "a number";
-    let alpha: f64 = text
+    // It is stored as f32, whose shortest text is not its value.
+    let alpha: f32 = text
         .parse()
         .map_err(|_| Error::new(Reason::FieldType { expected }).on(ALPHA))?;
     match alpha.is_finite() {
-        true => Ok(alpha),
+        true => Ok(f64::from(alpha)),
         false => {
             let value = alpha.to_string();
             Err(Error::new(Reason::AlphaNotFinite { value }).on(ALPHA))
