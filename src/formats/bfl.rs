@@ -77,11 +77,7 @@ impl Writer for Bfl {
     }
 
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
-        let mut written = Written {
-            name: "adapter.safetensors",
-            metadata: vec![("format".to_owned(), "pt".to_owned())],
-            ..Written::default()
-        };
+        let mut written = Written::safetensors("adapter.safetensors");
         for named in &draft.modules {
             let item = &*named.module.path;
             if named.component.is_none_or(|component| component.is_text) {

@@ -154,11 +154,7 @@ impl Writer for Dotted {
     }
 
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
-        let mut written = Written {
-            name: "adapter.safetensors",
-            metadata: vec![("format".to_owned(), "pt".to_owned())],
-            ..Written::default()
-        };
+        let mut written = Written::safetensors("adapter.safetensors");
         for named in &draft.modules {
             (self.write)(draft, named, &mut written);
         }

@@ -124,6 +124,15 @@ impl Loss {
 }
 
 impl Written {
+    /// A safetensors file of a name, whose metadata say what those of PyTorch do.
+    pub(super) fn safetensors(name: &'static str) -> Self {
+        Written {
+            name,
+            metadata: vec![("format".to_owned(), "pt".to_owned())],
+            ..Written::default()
+        }
+    }
+
     /// Takes a tensor under a key, in the type that was asked for.
     pub(super) fn put(&mut self, draft: &Draft<'_>, key: String, tensor: &Tensor) {
         self.tensors.push(renamed(&typed(tensor, draft.dtype), key));

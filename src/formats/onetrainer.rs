@@ -52,11 +52,7 @@ impl Writer for OneTrainer {
     }
 
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
-        let mut written = Written {
-            name: "adapter.safetensors",
-            metadata: vec![("format".to_owned(), "pt".to_owned())],
-            ..Written::default()
-        };
+        let mut written = Written::safetensors("adapter.safetensors");
         for named in &draft.modules {
             let Some(component) = named.component else {
                 written.lose_unnamed(named);

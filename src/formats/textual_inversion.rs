@@ -127,11 +127,7 @@ fn carried(
     name: &'static str,
     key: impl Fn(&Tensor) -> Option<String>,
 ) -> Written {
-    let mut written = Written {
-        name,
-        metadata: vec![("format".to_owned(), "pt".to_owned())],
-        ..Written::default()
-    };
+    let mut written = Written::safetensors(name);
     for named in &draft.modules {
         written.lose(&*named.module.path, "a change of weights");
     }

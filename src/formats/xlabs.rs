@@ -108,11 +108,7 @@ impl Writer for XLabs {
     }
 
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
-        let mut written = Written {
-            name: "adapter.safetensors",
-            metadata: vec![("format".to_owned(), "pt".to_owned())],
-            ..Written::default()
-        };
+        let mut written = Written::safetensors("adapter.safetensors");
         // The processor's layers in their order, with the parts that are there.
         let mut owners: Vec<(String, Vec<(Place, &Named)>)> = Vec::new();
         for named in &draft.modules {
@@ -133,7 +129,9 @@ impl Writer for XLabs {
         }
         let mut ranks = BTreeSet::new();
         let mut processors: Vec<(&str, usize)> = Vec::new();
-        for (owner, parts) in &owners {
+        for (owner, parts) in &mut owners {
+            // The bytes do not depend on the order of the modules.
+            parts.sort_by_key(|(place, _)| place.part);
             let height = |named: &Named| named.module.method.extent(&named.module).outputs;
             let (Place { of, .. }, first) = parts[0];
             let rows = height(first).unwrap_or(0);

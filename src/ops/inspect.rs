@@ -316,7 +316,11 @@ fn conversions(adapter: &Adapter, options: &Options) -> Result<Vec<Conversion>> 
     if options.to.is_empty() {
         return Ok(Vec::new());
     }
-    let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
+    let base = options
+        .base
+        .as_deref()
+        .map(convert::Base::open)
+        .transpose()?;
     let outlook = |to: &String| {
         let target = convert::format(to)?;
         let found = convert::outlook(adapter, target, base.as_ref(), options.family.as_deref());

@@ -88,7 +88,6 @@ const FLUX: Model = Model {
     family: None,
     flattened: None,
     layers: &[
-        ("x_embedder", &[8, 4]),
         ("transformer_blocks.0.attn.to_q", &[8, 8]),
         ("transformer_blocks.0.attn.to_k", &[8, 8]),
         ("transformer_blocks.0.attn.to_v", &[8, 8]),
@@ -96,12 +95,14 @@ const FLUX: Model = Model {
         ("transformer_blocks.0.attn.add_k_proj", &[8, 8]),
         ("transformer_blocks.0.attn.add_v_proj", &[8, 8]),
         ("transformer_blocks.0.attn.to_out.0", &[8, 8]),
-        ("transformer_blocks.0.ff.net.0.proj", &[32, 8]),
         ("single_transformer_blocks.0.attn.to_q", &[8, 8]),
         ("single_transformer_blocks.0.attn.to_k", &[8, 8]),
         ("single_transformer_blocks.0.attn.to_v", &[8, 8]),
-        ("single_transformer_blocks.0.proj_mlp", &[32, 8]),
         ("single_transformer_blocks.0.proj_out", &[8, 40]),
+        // Up to here what `ATTENTION` has as well.
+        ("x_embedder", &[8, 4]),
+        ("transformer_blocks.0.ff.net.0.proj", &[32, 8]),
+        ("single_transformer_blocks.0.proj_mlp", &[32, 8]),
         ("norm_out.linear", &[16, 8]),
         ("proj_out", &[4, 8]),
     ],
@@ -109,19 +110,7 @@ const FLUX: Model = Model {
 
 /// The layers that XLabs and the processors of old diffusers have.
 const ATTENTION: Model = Model {
-    layers: &[
-        ("transformer_blocks.0.attn.to_q", &[8, 8]),
-        ("transformer_blocks.0.attn.to_k", &[8, 8]),
-        ("transformer_blocks.0.attn.to_v", &[8, 8]),
-        ("transformer_blocks.0.attn.add_q_proj", &[8, 8]),
-        ("transformer_blocks.0.attn.add_k_proj", &[8, 8]),
-        ("transformer_blocks.0.attn.add_v_proj", &[8, 8]),
-        ("transformer_blocks.0.attn.to_out.0", &[8, 8]),
-        ("single_transformer_blocks.0.attn.to_q", &[8, 8]),
-        ("single_transformer_blocks.0.attn.to_k", &[8, 8]),
-        ("single_transformer_blocks.0.attn.to_v", &[8, 8]),
-        ("single_transformer_blocks.0.proj_out", &[8, 40]),
-    ],
+    layers: FLUX.layers.split_at(11).0,
     // FLUX.2 has layers of the same names.
     family: Some("flux1"),
     ..FLUX

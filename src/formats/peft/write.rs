@@ -24,10 +24,8 @@ impl Writer for Peft {
 
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
         let mut written = Written {
-            name: "adapter_model.safetensors",
-            metadata: vec![("format".to_owned(), "pt".to_owned())],
             folder: true,
-            ..Written::default()
+            ..Written::safetensors("adapter_model.safetensors")
         };
         if let Some(configuration) = &draft.adapter.configuration {
             for tensor in &draft.adapter.unused {

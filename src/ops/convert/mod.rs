@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::merge::Control;
+use super::merge::{Control, architecture};
 use crate::adapter::{Adapter, ReplacementKind};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::{Destination, Shape};
@@ -103,11 +103,33 @@ pub struct Report {
 pub struct Plan {
     options: Options,
     found: Found,
-    base: Option<Checkpoint>,
+    base: Option<Base>,
     written: Written,
     frame: Frame,
     shape: Shape,
     report: Report,
+}
+
+/// A base that tells names and heads, and where its layers are.
+pub struct Base {
+    checkpoint: Checkpoint,
+    resolver: Resolver,
+}
+
+impl Base {
+    /// Opens a base; only headers are read.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
+        let names = checkpoint.tensors().map(|tensor| tensor.name.clone());
+        let resolver = Resolver::new(names).of_architecture(architecture(&checkpoint));
+        Ok(Base {
+            checkpoint,
+            resolver,
+        })
+    }
 }
 
 /// The format of a short name.
@@ -146,7 +168,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         ..options.read.clone()
     })?;
     found.file.verify()?;
-    let base = options.base.as_ref().map(Checkpoint::open).transpose()?;
+    let base = options.base.as_deref().map(Base::open).transpose()?;
     select(&mut adapter, options)?;
     let metadata = &found.file.directory.metadata;
     let (mut written, family) = write(&adapter, metadata, target, base.as_ref(), options)?;
@@ -266,7 +288,7 @@ fn check_prefix(options: &Options, written: &Written) -> Result<()> {
 pub fn outlook(
     adapter: &Adapter,
     target: &'static dyn Format,
-    base: Option<&Checkpoint>,
+    base: Option<&Base>,
     family: Option<&str>,
 ) -> Result<(Vec<Loss>, Vec<Loss>)> {
     let options = Options {
@@ -281,7 +303,7 @@ fn write(
     adapter: &Adapter,
     metadata: &[(String, String)],
     target: &'static dyn Format,
-    base: Option<&Checkpoint>,
+    base: Option<&Base>,
     options: &Options,
 ) -> Result<(Written, Option<&'static str>)> {
     let writer = target.writer().ok_or_else(|| {
@@ -314,8 +336,7 @@ fn write(
 }
 
 /// Takes copies of the base's own weights from what cannot be said: PEFT writes them beside new tokens.
-fn forgive_copies(adapter: &Adapter, base: &Checkpoint, written: &mut Written) -> Result<()> {
-    let resolver = Resolver::new(base.tensors().map(|tensor| tensor.name.clone()));
+fn forgive_copies(adapter: &Adapter, base: &Base, written: &mut Written) -> Result<()> {
     let mut copies = Vec::new();
     for replacement in &adapter.replacements {
         let name = &*replacement.name;
@@ -323,12 +344,12 @@ fn forgive_copies(adapter: &Adapter, base: &Checkpoint, written: &mut Written) -
             continue;
         }
         let (path, parameter) = name.rsplit_once('.').unwrap_or(("", name));
-        let places = match resolver.resolve_parameter(path, parameter) {
+        let places = match base.resolver.resolve_parameter(path, parameter) {
             Resolution::Exact(places) | Resolution::Renamed(places) => places,
             _ => continue,
         };
         let own = match places.as_slice() {
-            [place] if place.rows == Rows::Whole => base.tensor(&place.tensor),
+            [place] if place.rows == Rows::Whole => base.checkpoint.tensor(&place.tensor),
             _ => None,
         };
         if let Some(own) = own.filter(|own| Float::of(own.dtype).is_some())
@@ -374,7 +395,7 @@ impl Plan {
         let base = self
             .base
             .iter()
-            .flat_map(Checkpoint::inputs)
+            .flat_map(|base| base.checkpoint.inputs())
             .map(|input| input.path());
         let folder = self
             .found

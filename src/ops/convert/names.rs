@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use indexmap::IndexSet;
 
+use super::Base;
 use crate::adapter::{Adapter, Module};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
@@ -21,7 +22,7 @@ use crate::ops::merge::{architecture, attention};
 /// [`Reason::BadOption`] for a name that is none.
 pub(super) fn family(
     adapter: &Adapter,
-    base: Option<&Checkpoint>,
+    base: Option<&Base>,
     named: Option<&str>,
 ) -> Result<Option<&'static str>> {
     let architecture_stated = adapter.facts.other.get("general.architecture").cloned();
@@ -31,7 +32,9 @@ pub(super) fn family(
         families.any(|family| family.name == *told)
     };
     // llama.cpp has more models under one architecture than `architecture` knows; the adapter says it.
-    let told = base.and_then(architecture).filter(is_known);
+    let told = base
+        .and_then(|base| architecture(&base.checkpoint))
+        .filter(is_known);
     let told = told.or(architecture_stated.filter(is_known));
     if let Some(named) = named.or(told.as_deref()) {
         let found = Family::named(named);
@@ -69,7 +72,7 @@ pub(super) fn family(
         .map(|(name, _)| name)
         .collect();
     if let Some(base) = base.filter(|_| !all.is_empty()) {
-        let of_base = denoisers_of(base);
+        let of_base = denoisers_of(&base.checkpoint);
         let has = |name: &str| of_base.get(name).copied().unwrap_or(0);
         // The base has names of one of them.
         let best = all.iter().map(|name| has(name)).max();
@@ -221,7 +224,7 @@ pub(super) fn renamed(
     layout: Option<Layout>,
     family: Option<&str>,
     part: Option<(&'static Component, &'static str)>,
-    base: Option<&Checkpoint>,
+    base: Option<&Base>,
 ) -> Result<Renamed> {
     let known = Known {
         from: adapter.layout,
@@ -260,8 +263,10 @@ pub(super) struct Renamed {
 }
 
 /// The heads of the model: those of the base, or what the adapter's files tell.
-pub(super) fn heads(adapter: &Adapter, base: Option<&Checkpoint>) -> Attention {
-    let stated = base.map(attention).filter(|heads| heads.query.is_some());
+pub(super) fn heads(adapter: &Adapter, base: Option<&Base>) -> Attention {
+    let stated = base
+        .map(|base| attention(&base.checkpoint))
+        .filter(|heads| heads.query.is_some());
     stated.unwrap_or(adapter.attention)
 }
 
@@ -281,7 +286,7 @@ fn in_layout(
     modules: &[Module],
     layout: Option<Layout>,
     family: Option<&str>,
-    base: Option<&Checkpoint>,
+    base: Option<&Base>,
     known: Known,
 ) -> Result<Renamed> {
     let mut renaming = Renaming {
@@ -289,10 +294,6 @@ fn in_layout(
         family,
         known,
         base,
-        resolver: base.map(|base| {
-            Resolver::new(base.tensors().map(|tensor| tensor.name.clone()))
-                .of_architecture(architecture(base))
-        }),
         done: Vec::new(),
         folded: Vec::new(),
         waiting: Vec::new(),
@@ -346,8 +347,7 @@ struct Renaming<'a> {
     layout: Option<Layout>,
     family: Option<&'a str>,
     known: Known,
-    base: Option<&'a Checkpoint>,
-    resolver: Option<Resolver>,
+    base: Option<&'a Base>,
     done: Vec<(usize, Named)>,
     folded: Vec<Loss>,
     waiting: Vec<Waiting>,
@@ -577,15 +577,19 @@ impl Renaming<'_> {
         })
     }
 
+    fn resolver(&self) -> Option<&Resolver> {
+        self.base.map(|base| &base.resolver)
+    }
+
     /// Whether the base is known and lacks a module.
     fn is_absent(&self, path: &str, spelling: Spelling) -> bool {
         let lacks = |base: &Resolver| base.resolve(path, spelling) == Resolution::Unresolved;
-        self.known.all_layers && self.resolver.as_ref().is_some_and(lacks)
+        self.known.all_layers && self.resolver().is_some_and(lacks)
     }
 
     /// Whether the base is known and lacks a layer of the hub, or has it as a part of another one.
     fn is_absent_or_fused(&self, path: &str) -> bool {
-        let found = self.resolver.as_ref();
+        let found = self.resolver();
         let found = found.map(|base| base.resolve(path, Spelling::Dotted));
         let fused = match &found {
             Some(Resolution::Exact(places) | Resolution::Renamed(places)) => {
@@ -601,7 +605,7 @@ impl Renaming<'_> {
 
     /// The dotted path of a flattened one, as the base names it.
     fn in_base(&self, module: &Module) -> Option<String> {
-        let resolver = self.resolver.as_ref()?;
+        let resolver = self.resolver()?;
         match resolver.resolve(&module.path, module.spelling) {
             Resolution::Exact(places) if places.len() == 1 && places[0].rows == Rows::Whole => {
                 let path = places[0].tensor.strip_suffix(".weight")?;
@@ -681,11 +685,12 @@ impl Renaming<'_> {
 
     /// The height of a fused layer in the base, where it may lie in parts.
     fn height_in_base(&self, path: &str) -> Option<usize> {
-        let found = self.resolver.as_ref()?.resolve(path, Spelling::InComponent);
+        let found = self.resolver()?.resolve(path, Spelling::InComponent);
         let (Resolution::Exact(places) | Resolution::Renamed(places)) = found else {
             return None;
         };
-        let height = |place: &Place| Some(self.base?.tensor(&place.tensor)?.dimension(0));
+        let height =
+            |place: &Place| Some(self.base?.checkpoint.tensor(&place.tensor)?.dimension(0));
         places.iter().map(height).sum()
     }
 
