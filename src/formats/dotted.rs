@@ -100,7 +100,7 @@ pub(super) static ORIGINAL: Dotted = Dotted {
     recognises: |found| {
         found.names().any(|name| {
             let path = parse(name)
-                .filter(|_| name.contains(".lora_") && name.ends_with(".weight"))
+                .filter(|_| ![".lora_A", ".lora_B"].iter().any(|end| name.ends_with(end)))
                 .map(|parsed| parsed.0);
             path.is_some_and(|path| is_original(&path))
         })

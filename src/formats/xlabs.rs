@@ -140,13 +140,22 @@ impl Writer for XLabs {
                 return Err(first.module.error(Reason::FactorShape { problem }));
             }
             let lies = |place: &Place| std::iter::once(place.part * rows..(place.part + 1) * rows);
-            let together: Vec<(&Module, Vec<Range<usize>>)> = parts
-                .iter()
-                .map(|(place, named)| (&named.module, lies(place).collect()))
-                .collect();
             let mut fused = first.clone();
             if of > 1 {
-                let modules = parts.iter().map(|(_, named)| &named.module);
+                // What parts multiply by zero was put there when they were taken from a whole.
+                let mut used: Vec<(Module, Vec<Range<usize>>)> = Vec::new();
+                for (place, named) in parts.iter() {
+                    let module = named.module.method.without_zeros(named.module.clone())?;
+                    used.extend(module.map(|module| (module, lies(place).collect())));
+                }
+                if used.is_empty() {
+                    used.push((first.module.clone(), lies(&parts[0].0).collect()));
+                }
+                let together: Vec<(&Module, Vec<Range<usize>>)> = used
+                    .iter()
+                    .map(|(module, rows)| (module, rows.clone()))
+                    .collect();
+                let modules = used.iter().map(|(module, _)| module);
                 written.folded.extend(Loss::of_scales(owner, modules));
                 fused.module = first.module.method.fuse(&together, of * rows)?;
             }
