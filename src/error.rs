@@ -198,6 +198,7 @@ reasons! {
         OutsideStorage { bytes: u64 } => "it does not lie within the {bytes} bytes of its storage",
     }
     Unsupported {
+        Factorisation { problem: String } => "{problem}",
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
         BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",

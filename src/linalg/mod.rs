@@ -4,6 +4,7 @@
 //! Every entry of [`KERNELS`] computes exactly that; they differ in the instructions they may use, and
 //! the tests compare them byte for byte.
 
+pub mod dense;
 mod lanes;
 mod panels;
 

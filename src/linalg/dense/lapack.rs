@@ -1,0 +1,1 @@
+//! LAPACK by way of `ndarray-linalg`.

@@ -1,0 +1,122 @@
+//! Dense linear algebra: products, QR, singular values, eigenvalues; one library per file.
+//!
+//! [`ALGEBRAS`] is the only list, and one table of tests runs over it. Products use the threads of rayon's
+//! current pool and have the same bits with any number of them; factorisations use one thread, because those
+//! of all libraries depend on the number. Bits differ between libraries, and between machines.
+
+use std::fmt::Debug;
+
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, LinalgScalar};
+
+use crate::error::Result;
+
+mod faer;
+#[cfg(feature = "lapack")]
+mod lapack;
+
+pub use faer::FAER;
+
+/// Real numbers that matrices are made of.
+pub trait Real: LinalgScalar + PartialOrd + Debug + Send + Sync {
+    /// The unit roundoff.
+    const ROUNDOFF: f64;
+
+    /// Widens exactly.
+    fn widened(self) -> f64;
+
+    /// Rounds to nearest.
+    fn rounded(value: f64) -> Self;
+}
+
+impl Real for f32 {
+    const ROUNDOFF: f64 = 1.0 / (1u64 << 24) as f64;
+
+    fn widened(self) -> f64 {
+        f64::from(self)
+    }
+
+    fn rounded(value: f64) -> Self {
+        value as f32
+    }
+}
+
+impl Real for f64 {
+    const ROUNDOFF: f64 = 1.0 / (1u64 << 53) as f64;
+
+    fn widened(self) -> f64 {
+        self
+    }
+
+    fn rounded(value: f64) -> Self {
+        value
+    }
+}
+
+/// What factorisations need, for one type of numbers. Values must be finite.
+pub trait Dense<T: Real>: Sync {
+    /// `c = a · b`, or `c += a · b`.
+    fn multiply(
+        &self,
+        a: ArrayView2<'_, T>,
+        b: ArrayView2<'_, T>,
+        c: ArrayViewMut2<'_, T>,
+        how: Into,
+    );
+
+    /// `a = q · r` of a matrix with at least as many rows as columns; q has orthonormal columns.
+    ///
+    /// # Errors
+    /// [`crate::Reason::Factorisation`].
+    fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)>;
+
+    /// `a = u · diag(s) · vᵀ` with as many columns of u and v as the smaller side has, s falling.
+    ///
+    /// # Errors
+    /// [`crate::Reason::Factorisation`] where it does not converge.
+    fn thin_svd(&self, a: ArrayView2<'_, T>) -> Result<Svd<T>>;
+
+    /// Eigenvalues, falling, and eigenvectors (columns) of a symmetric matrix, of which the lower half is read.
+    ///
+    /// # Errors
+    /// [`crate::Reason::Factorisation`] where it does not converge.
+    fn eigh(&self, a: ArrayView2<'_, T>) -> Result<(Vec<T>, Array2<T>)>;
+
+    /// Eigenvalues alone.
+    ///
+    /// # Errors
+    /// As [`Dense::eigh`].
+    fn eigenvalues(&self, a: ArrayView2<'_, T>) -> Result<Vec<T>>;
+}
+
+/// What becomes of what a result held before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
+    /// It is replaced.
+    Place,
+    /// It is added to.
+    Sum,
+}
+
+/// A singular value decomposition.
+#[derive(Clone, Debug)]
+pub struct Svd<T> {
+    /// Left singular vectors, as columns.
+    pub u: Array2<T>,
+    /// Singular values, falling.
+    pub s: Vec<T>,
+    /// Right singular vectors, as columns.
+    pub v: Array2<T>,
+}
+
+/// A library of dense linear algebra.
+pub trait Algebra: Dense<f32> + Dense<f64> {
+    /// Its name in options and reports.
+    fn name(&self) -> &'static str;
+}
+
+/// Every library that is compiled in; the first is the default.
+pub static ALGEBRAS: &[&dyn Algebra] = &[
+    &FAER,
+    #[cfg(feature = "lapack")]
+    &lapack::LAPACK,
+];
