@@ -199,6 +199,8 @@ reasons! {
     }
     Unsupported {
         Factorisation { problem: String } => "{problem}",
+        NoDirection { output: usize } => "output {output} is zero, so it has no direction that DoRA could scale",
+        NotFitted { method: &'static str } => "{method} cannot be fitted to a change of weights",
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
         BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",
@@ -235,6 +237,8 @@ reasons! {
         ConvertType { dtype: String } => "tensors of type {dtype} cannot be converted",
     }
     Mismatch {
+        NotTuned { problem: String } => "it was not made from the base: {problem}",
+        Unmatched { count: usize } => "{count} tensors of base and tuned checkpoint have no difference",
         Shape { adapter: String, base: String } => "the adapter is for a weight of {adapter}, the base has {base}",
         NoBias => "the adapter changes its bias, but the base has none",
         ReplacementShape { adapter: Vec<usize>, base: Vec<usize> } => "the adapter replaces it with shape {adapter:?}, the base has {base:?}",
@@ -286,6 +290,7 @@ reasons! {
         BadName => "it has no usable file name",
     }
     NonFinite {
+        DifferenceNotFinite => "the difference of the two sides holds NaN or infinity",
         ValuesNotFinite { count: u64, first: String } => "{count} values of the result are NaN or infinite where the base is finite, the first at {first}",
         AlphaNotFinite { value: String } => "alpha is {value}",
         FactorNotFinite { count: u64 } => "{count} values are NaN or infinite",

@@ -157,6 +157,22 @@ impl Input {
             .map(Map::bytes)
     }
 
+    /// Says that a range of the map will be read soon, so that the system reads ahead; nothing where it cannot.
+    pub fn will_need(&self, offset: u64, length: u64) {
+        #[cfg(unix)]
+        if self.map().is_some()
+            && let Some(Some(map)) = self.map.get()
+        {
+            let (offset, length) = (offset as usize, length as usize);
+            // Advice that is not taken changes nothing.
+            let _ = map
+                .bytes
+                .advise_range(memmap2::Advice::WillNeed, offset, length);
+        }
+        #[cfg(not(unix))]
+        let _ = (offset, length);
+    }
+
     /// Checks that the file is still the one that was opened.
     ///
     /// # Errors

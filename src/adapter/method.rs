@@ -3,9 +3,11 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+use super::fit::{Change, Fitted};
 use super::module::{Module, Role};
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
+use crate::tensor::Tensor;
 
 /// The mathematics of one kind of adapter. The shelf `methods` implements it, one file each.
 pub trait Method: Sync + Debug {
@@ -75,6 +77,29 @@ pub trait Method: Sync + Debug {
     /// What reading the parameters gives.
     fn without_zeros(&self, module: Module) -> Result<Option<Module>> {
         Ok(Some(module))
+    }
+
+    /// The parameters that add whole differences to a weight and a bias: a power of the method that is made of them.
+    fn of_difference(
+        &self,
+        _weight: Option<Tensor>,
+        _bias: Option<Tensor>,
+    ) -> Option<Vec<(Role, Tensor)>> {
+        None
+    }
+
+    /// The parameters whose effect on a weight is nearest to a change of it: a power that methods may have.
+    ///
+    /// # Errors
+    /// [`Reason::NotFitted`] where the method does not have it; what reading and decomposing gives.
+    fn fit(&self, _change: &Change<'_>) -> Result<Fitted> {
+        let method = self.name();
+        Err(Error::new(Reason::NotFitted { method }))
+    }
+
+    /// Whether it has that power.
+    fn fits(&self) -> bool {
+        false
     }
 
     /// What it does to one tensor of the base, ready to be applied to blocks of rows.

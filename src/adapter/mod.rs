@@ -9,6 +9,7 @@ use crate::tensor::Tensor;
 
 pub mod evaluate;
 pub mod factor;
+pub mod fit;
 mod method;
 mod module;
 mod outputs;

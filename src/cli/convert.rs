@@ -1,12 +1,12 @@
 //! `loratool convert`
 
-use clap::{Args, ValueEnum};
-use loratool::ops::convert::{Names, Options, Report, plan};
+use clap::Args;
+use loratool::ops::convert::{Options, Report, plan};
 use loratool::ops::merge::Control;
 use loratool::printable;
 
-use super::render::{self, Stderr, bytes, folded};
-use super::{Common, Outcome, Path, Type, cancel_flag, targets};
+use super::render::{self, Stderr, bytes};
+use super::{Common, LayerNames, Outcome, Path, Type, cancel_flag, prefix, targets};
 
 /// Write an adapter in another spelling, with everything the target cannot say listed.
 ///
@@ -73,14 +73,6 @@ pub(super) struct Convert {
     pub(super) common: Common,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LayerNames {
-    /// Those of diffusers and transformers
-    Diffusers,
-    /// Those of the model's first publication
-    Ldm,
-}
-
 impl Convert {
     pub(super) fn run(self) -> Outcome {
         let options = Options {
@@ -92,14 +84,8 @@ impl Convert {
             component: self.component.clone(),
             allow_losses: self.allow_losses,
             dtype: self.dtype.float(),
-            prefix: self.prefix.as_ref().map(|text| match text.ends_with('_') {
-                true => text.clone(),
-                false => format!("{text}_"),
-            }),
-            names: self.names.map(|names| match names {
-                LayerNames::Diffusers => Names::Hub,
-                LayerNames::Ldm => Names::Original,
-            }),
+            prefix: self.prefix.as_deref().map(prefix),
+            names: self.names.map(LayerNames::names),
             only: self.only.clone(),
             skip: self.skip.clone(),
             force: self.force,
@@ -124,15 +110,8 @@ impl Convert {
         if self.common.json {
             return render::json(report);
         }
-        for (what, list) in [("left out", &report.losses), ("folded", &report.folded)] {
-            let lines: Vec<String> = list
-                .iter()
-                .map(|loss| format!("{}: {}", loss.item, loss.text))
-                .collect();
-            for line in folded(&lines) {
-                render::out(&printable(&format!("{what}: {line}")));
-            }
-        }
+        render::losses("left out", &report.losses);
+        render::losses("folded", &report.folded);
         if let Some(alpha) = report.alpha {
             let text =
                 "its files have no place for it; --adapter-alpha states it where they are read";

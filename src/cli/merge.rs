@@ -1,15 +1,12 @@
 //! `loratool merge`
 
-use std::io::IsTerminal;
-
 use clap::{ArgMatches, Args};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loratool::checkpoint::Variant;
 use loratool::ops::merge::{Control, Options, Report, Selection, plan};
 use loratool::{Error, Reason};
 
-use super::render::{self, Fields, Stderr, bytes, folded, grouped};
-use super::{Common, Outcome, Path, Type, cancel_flag};
+use super::render::{self, Fields, Stderr, bytes, folded, grouped, progress_bar};
+use super::{Common, Outcome, Path, Type, cancel_flag, size};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -92,7 +89,7 @@ impl Merge {
             self.tell(&report);
             return Ok(0);
         }
-        let bar = self.bar();
+        let bar = progress_bar(self.quiet || self.common.json);
         let progress = |done: u64, total: u64| {
             bar.set_length(total);
             bar.set_position(done);
@@ -178,20 +175,6 @@ impl Merge {
         Ok(selections)
     }
 
-    fn bar(&self) -> ProgressBar {
-        let hidden = self.quiet || self.common.json || !std::io::stderr().is_terminal();
-        let target = if hidden {
-            ProgressDrawTarget::hidden()
-        } else {
-            ProgressDrawTarget::stderr()
-        };
-        let style = ProgressStyle::with_template(
-            "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
-        )
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-        ProgressBar::with_draw_target(Some(0), target).with_style(style)
-    }
-
     fn tell(&self, report: &Report) {
         if self.common.json {
             render::json(report);
@@ -212,37 +195,6 @@ fn strength_for(text: &str) -> Result<(String, f64), Error> {
     let (pattern, number) = text.rsplit_once('=').ok_or_else(wrong)?;
     let strength: f64 = number.trim().parse().map_err(|_| wrong())?;
     Ok((pattern.to_owned(), strength))
-}
-
-fn size(text: &str) -> Result<u64, Error> {
-    const UNITS: &[(&str, u64)] = &[
-        ("kib", 1 << 10),
-        ("mib", 1 << 20),
-        ("gib", 1 << 30),
-        ("tib", 1 << 40),
-        ("kb", 1_000),
-        ("mb", 1_000_000),
-        ("gb", 1_000_000_000),
-        ("tb", 1_000_000_000_000),
-        ("b", 1),
-    ];
-    let wrong = || {
-        Error::new(Reason::BadSize {
-            text: text.to_owned(),
-        })
-    };
-    let lower = text.trim().to_ascii_lowercase();
-    let (number, unit) = UNITS
-        .iter()
-        .find_map(|(name, unit)| Some((lower.strip_suffix(name)?, *unit)))
-        .unwrap_or((lower.as_str(), 1));
-    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
-    let bytes = number * unit as f64;
-    if bytes.is_finite() && (1.0..1e18).contains(&bytes) {
-        Ok(bytes as u64)
-    } else {
-        Err(wrong())
-    }
 }
 
 fn print(report: &Report) {

@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use loratool::Error;
 use loratool::formats::{Order, ReadOptions};
-use loratool::ops::convert::targets as written;
+use loratool::ops::convert::{Names, targets as written};
 use loratool::tensor::Float;
+use loratool::{Error, Reason};
 
 mod check;
 mod convert;
+mod extract;
 mod inspect;
 mod manual;
 mod merge;
@@ -34,6 +35,7 @@ struct Cli {
 enum Command {
     Merge(merge::Merge),
     Convert(convert::Convert),
+    Extract(Box<extract::Extract>),
     Inspect(inspect::Inspect),
     Check(check::Check),
     Completions(manual::Completions),
@@ -69,6 +71,32 @@ impl Type {
             Type::Bf16 => Some(Float::BF16),
             Type::F16 => Some(Float::F16),
         }
+    }
+}
+
+/// Names of layers.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LayerNames {
+    /// Those of diffusers and transformers
+    Diffusers,
+    /// Those of the model's first publication
+    Ldm,
+}
+
+impl LayerNames {
+    fn names(self) -> Names {
+        match self {
+            LayerNames::Diffusers => Names::Hub,
+            LayerNames::Ldm => Names::Original,
+        }
+    }
+}
+
+/// What stands before flattened names, with the underscore that ends it.
+fn prefix(text: &str) -> String {
+    match text.ends_with('_') {
+        true => text.to_owned(),
+        false => format!("{text}_"),
     }
 }
 
@@ -141,6 +169,7 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
             (command.common.json, command.run(matches))
         }
         Command::Convert(command) => (command.common.json, command.run()),
+        Command::Extract(command) => (command.json, command.run()),
         Command::Inspect(command) => (command.common.json, command.run()),
         Command::Check(command) => (command.common.json, command.run()),
         Command::Completions(command) => (false, command.run(Cli::command())),
@@ -211,3 +240,34 @@ type Path = PathBuf;
 
 /// What a command gives: an exit code, or an error that has its own.
 type Outcome = Result<u8, Error>;
+
+fn size(text: &str) -> Result<u64, Error> {
+    const UNITS: &[(&str, u64)] = &[
+        ("kib", 1 << 10),
+        ("mib", 1 << 20),
+        ("gib", 1 << 30),
+        ("tib", 1 << 40),
+        ("kb", 1_000),
+        ("mb", 1_000_000),
+        ("gb", 1_000_000_000),
+        ("tb", 1_000_000_000_000),
+        ("b", 1),
+    ];
+    let wrong = || {
+        Error::new(Reason::BadSize {
+            text: text.to_owned(),
+        })
+    };
+    let lower = text.trim().to_ascii_lowercase();
+    let (number, unit) = UNITS
+        .iter()
+        .find_map(|(name, unit)| Some((lower.strip_suffix(name)?, *unit)))
+        .unwrap_or((lower.as_str(), 1));
+    let number: f64 = number.trim().parse().map_err(|_| wrong())?;
+    let bytes = number * unit as f64;
+    if bytes.is_finite() && (1.0..1e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err(wrong())
+    }
+}

@@ -2,8 +2,10 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use loratool::formats::Loss;
 use loratool::naming::fold::fold;
 use loratool::notice::{Notice, NoticeKind};
 use loratool::{Error, printable, printable_json};
@@ -196,4 +198,28 @@ pub(super) fn counts<K: std::fmt::Display>(counts: impl IntoIterator<Item = (K, 
         .map(|(what, count)| format!("{what} ({count})"))
         .collect();
     parts.join(", ")
+}
+
+/// A bar on a terminal, hidden elsewhere and where it is not wanted.
+pub(super) fn progress_bar(unwanted: bool) -> ProgressBar {
+    let hidden = unwanted || !io::stderr().is_terminal();
+    let target = match hidden {
+        true => ProgressDrawTarget::hidden(),
+        false => ProgressDrawTarget::stderr(),
+    };
+    let style =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(Some(0), target).with_style(style)
+}
+
+/// Losses, or whatever else is a part with a text.
+pub(super) fn losses(what: &str, list: &[Loss]) {
+    let lines: Vec<String> = list
+        .iter()
+        .map(|loss| format!("{}: {}", loss.item, loss.text))
+        .collect();
+    for line in folded(&lines) {
+        out(&printable(&format!("{what}: {line}")));
+    }
 }

@@ -74,7 +74,7 @@ pub struct Written {
     pub hashes: bool,
     /// Makes the header, where the container is another.
     #[allow(clippy::type_complexity, reason = "a constructor of one header")]
-    pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header>>>,
+    pub header: Option<Box<dyn Fn(&[Tensor]) -> Result<Header> + Send + Sync>>,
     /// Puts the archive together, where the container is one.
     pub archive: Option<Assemble>,
     /// The name of the file of tensors in a folder.
@@ -486,7 +486,7 @@ const EMBEDDINGS: &[&str] = &[
 
 /// Whether a path is that of an embedding, where the module does not say it: names alone tell, for the factors of a
 /// square weight do not.
-pub(super) fn is_embedding(module: &str) -> bool {
+pub(crate) fn is_embedding(module: &str) -> bool {
     EMBEDDINGS.contains(&path::leaf(module))
 }
 

@@ -7,6 +7,8 @@
 pub mod dense;
 mod lanes;
 mod panels;
+pub mod random;
+pub mod truncated;
 
 pub use lanes::{KERNELS, Kernel, Survey};
 pub use panels::{LANES, Panels};

@@ -15,16 +15,21 @@
 
 use std::ops::Range;
 
+use ndarray::s;
+
 use super::lora::{
-    DOWN, MID, UP, check_factors, extent_of_factors, inputs_of_down, product, rank_of_factors,
+    DOWN, MID, UP, check_factors, extent_of_factors, factors as of_triplets, inputs_of_down,
+    product, rank_of_factors,
 };
 use crate::adapter::factor::Product;
+use crate::adapter::fit::{Change, Fitted};
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
     Update, Workspace,
 };
-use crate::error::{Reason, Result};
+use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
+use crate::linalg::truncated::{Blocks, Truncation, truncated};
 
 /// The learned norms, one per output.
 pub const MAGNITUDE: Role = Role::new("magnitude");
@@ -124,6 +129,51 @@ impl Method for Dora {
         BiasUse::No
     }
 
+    fn fits(&self) -> bool {
+        true
+    }
+
+    /// Finds `W' ≈ s ∘ W + L` of one factor s for each output and a matrix L of the rank, in turns: each step makes the
+    /// residual smaller, and the first is the fit of LoRA, for s = 1. Then `V = W + L / s` has the direction, and m is
+    /// what brings `m / ‖V‖ ∘ V` nearest to W'.
+    fn fit(&self, change: &Change<'_>) -> Result<Fitted> {
+        let on = &change.geometry;
+        let mut sizes = vec![1.0; outputs_of(on)];
+        let mut found = truncated(
+            &Scaled {
+                change,
+                sizes: &sizes,
+            },
+            &change.settings,
+        )?;
+        for _ in 0..ROUNDS {
+            sizes = nearest_sizes(change, &found)?;
+            found = truncated(
+                &Scaled {
+                    change,
+                    sizes: &sizes,
+                },
+                &change.settings,
+            )?;
+        }
+        let outputs = match on.orientation {
+            Orientation::OutputsFirst => &mut found.left,
+            Orientation::InputsFirst => &mut found.right,
+        };
+        for (mut column, size) in outputs.columns_mut().into_iter().zip(&sizes) {
+            column.mapv_inplace(|element| element / size);
+        }
+        let magnitude = nearest_magnitudes(change, &found)?;
+        let scale = change.scale(found.values.len());
+        let mut parameters: Vec<_> = of_triplets(change, &mut found, scale.value).into();
+        parameters.push((MAGNITUDE, vec![magnitude.len()], magnitude));
+        Ok(Fitted {
+            parameters,
+            scale,
+            truncation: found,
+        })
+    }
+
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         debug_assert_eq!(on.part, Part::Weight);
         let (magnitude, kernel) = match module.get(INPUT_MAGNITUDE) {
@@ -148,6 +198,119 @@ impl Method for Dora {
             columns: on.columns.max(1), // a chunk has a size even where there is none
             strength,
         }))
+    }
+}
+
+/// Turns of the sizes of outputs and the matrix of low rank.
+const ROUNDS: usize = 2;
+
+/// Sizes below this would make the direction depend on rounding.
+const LEAST_SIZE: f64 = 1e-3;
+
+/// Elements that are looked at in one block.
+const BLOCK: usize = 1 << 20;
+
+fn outputs_of(on: &Geometry) -> usize {
+    match on.orientation {
+        Orientation::OutputsFirst => on.rows,
+        Orientation::InputsFirst => on.columns,
+    }
+}
+
+/// `W' − s ∘ W`
+struct Scaled<'a> {
+    change: &'a Change<'a>,
+    /// One for each output.
+    sizes: &'a [f64],
+}
+
+impl Blocks for Scaled<'_> {
+    fn rows(&self) -> usize {
+        self.change.base.rows()
+    }
+
+    fn columns(&self) -> usize {
+        self.change.base.columns()
+    }
+
+    fn fill(&self, rows: Range<usize>, values: &mut [f64]) -> Result<()> {
+        let mut base = vec![0.0; values.len()];
+        self.change.base.fill(rows.clone(), &mut base)?;
+        self.change.tuned.fill(rows.clone(), values)?;
+        let columns = self.columns().max(1);
+        let by_row = self.change.geometry.orientation == Orientation::OutputsFirst;
+        let lines = values
+            .chunks_exact_mut(columns)
+            .zip(base.chunks_exact(columns));
+        for (row, (values, base)) in rows.zip(lines) {
+            for (column, (value, base)) in values.iter_mut().zip(base).enumerate() {
+                let size = self.sizes[if by_row { row } else { column }];
+                *value = size.mul_add(-base, *value);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sums of two products for each output, over all elements of base, tuned and `Σ values · left · right`.
+fn by_output(
+    change: &Change<'_>,
+    found: &Truncation,
+    pair: impl Fn(f64, f64, f64) -> (f64, f64),
+) -> Result<(Vec<f64>, Vec<f64>)> {
+    let on = &change.geometry;
+    let by_row = on.orientation == Orientation::OutputsFirst;
+    let (mut first, mut second) = (vec![0.0; outputs_of(on)], vec![0.0; outputs_of(on)]);
+    let step = (BLOCK / on.columns.max(1)).max(1);
+    let mut weighted = found.left.clone();
+    for (mut row, value) in weighted.rows_mut().into_iter().zip(&found.values) {
+        row.mapv_inplace(|element| element * value);
+    }
+    for start in (0..on.rows).step_by(step) {
+        let rows = start..(start + step).min(on.rows);
+        let (mut base, mut tuned) = (
+            vec![0.0; rows.len() * on.columns],
+            vec![0.0; rows.len() * on.columns],
+        );
+        change.base.fill(rows.clone(), &mut base)?;
+        change.tuned.fill(rows.clone(), &mut tuned)?;
+        let low = weighted.slice(s![.., rows.clone()]).t().dot(&found.right);
+        for ((row, column), low) in low.indexed_iter() {
+            let at = row * on.columns + column;
+            let (a, b) = pair(base[at], tuned[at], *low);
+            let output = if by_row { rows.start + row } else { column };
+            first[output] += a;
+            second[output] += b;
+        }
+    }
+    Ok((first, second))
+}
+
+/// `⟨W' − L, W⟩ / ‖W‖²` of each output; 1 where that says nothing.
+fn nearest_sizes(change: &Change<'_>, found: &Truncation) -> Result<Vec<f64>> {
+    let (over, under) = by_output(change, found, |base, tuned, low| {
+        ((tuned - low) * base, base * base)
+    })?;
+    let size = |(over, under): (f64, f64)| match under > 0.0 && over / under > LEAST_SIZE {
+        true => over / under,
+        false => 1.0,
+    };
+    Ok(over.into_iter().zip(under).map(size).collect())
+}
+
+/// `⟨W', V⟩ / ‖V‖` of each output, with V = W + L.
+fn nearest_magnitudes(change: &Change<'_>, found: &Truncation) -> Result<Vec<f64>> {
+    let (over, under) = by_output(change, found, |base, tuned, low| {
+        let direction = base + low;
+        (tuned * direction, direction * direction)
+    })?;
+    match under.iter().position(|square| *square == 0.0) {
+        Some(output) => Err(Error::new(Reason::NoDirection { output })),
+        None => Ok(over
+            .iter()
+            .zip(&under)
+            .map(|(over, under)| over / under.sqrt())
+            .collect()),
     }
 }
 

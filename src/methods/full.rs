@@ -11,6 +11,7 @@ use crate::adapter::{
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
+use crate::tensor::Tensor;
 
 /// D, in the shape of the weight.
 pub const DIFFERENCE: Role = Role::new("difference");
@@ -100,6 +101,16 @@ impl Method for Full {
             Some(_) => BiasUse::Required,
             None => BiasUse::No,
         }
+    }
+
+    fn of_difference(
+        &self,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+    ) -> Option<Vec<(Role, Tensor)>> {
+        let weight = weight.map(|tensor| (DIFFERENCE, tensor));
+        let bias = bias.map(|tensor| (BIAS_DIFFERENCE, tensor));
+        Some(weight.into_iter().chain(bias).collect())
     }
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {

@@ -12,14 +12,18 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use ndarray::ArrayView2;
+
 use super::full::Add;
 use crate::adapter::factor::{Factor, Product};
+use crate::adapter::fit::{Change, Difference, Fitted};
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
     Scale, Stored, Update, Workspace,
 };
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
+use crate::linalg::truncated::{Truncation, truncated};
 use crate::tensor::{DType, Float, Tensor, narrowed};
 
 /// A, r × in (× kernel): maps inputs to the rank.
@@ -135,6 +139,25 @@ impl Method for Lora {
         Ok((!used.is_empty()).then_some(module))
     }
 
+    fn fits(&self) -> bool {
+        true
+    }
+
+    fn fit(&self, change: &Change<'_>) -> Result<Fitted> {
+        let difference = Difference {
+            base: change.base,
+            tuned: change.tuned,
+        };
+        let mut truncation = truncated(&difference, &change.settings)?;
+        let scale = change.scale(truncation.values.len());
+        let parameters = factors(change, &mut truncation, scale.value).into();
+        Ok(Fitted {
+            parameters,
+            scale,
+            truncation,
+        })
+    }
+
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let c = strength * module.scale.value;
         Ok(match on.part {
@@ -146,6 +169,48 @@ impl Method for Lora {
             }),
         })
     }
+}
+
+/// A and B of singular triplets, whose roots they share: `scale · B · A` is their sum. The element of a column of B
+/// that is largest in magnitude (the first of several) has the sign of the scale.
+pub(super) fn factors(
+    change: &Change<'_>,
+    truncation: &mut Truncation,
+    scale: f64,
+) -> [(Role, Vec<usize>, Vec<f64>); 2] {
+    let (left, right) = (&mut truncation.left, &mut truncation.right);
+    let (up, down) = match change.geometry.orientation {
+        Orientation::OutputsFirst => (left, right),
+        Orientation::InputsFirst => (right, left),
+    };
+    let (mut up, mut down) = (std::mem::take(up), std::mem::take(down));
+    for (index, value) in truncation.values.iter().enumerate() {
+        let largest = up.row(index).iter().fold(0.0f64, |largest, element| {
+            match element.abs() > largest.abs() {
+                true => *element,
+                false => largest,
+            }
+        });
+        let share = (value / scale.abs()).sqrt();
+        let sign = if largest < 0.0 { -1.0 } else { 1.0 };
+        let of_scale = if scale < 0.0 { -1.0 } else { 1.0 };
+        up.row_mut(index)
+            .mapv_inplace(|element| element * sign * of_scale * share);
+        down.row_mut(index)
+            .mapv_inplace(|element| element * sign * share);
+    }
+    let rank = truncation.values.len();
+    let (outputs, inputs) = (up.ncols(), down.ncols());
+    let (mut down_shape, mut up_shape) = (vec![rank, inputs], vec![outputs, rank]);
+    if change.shape.len() > 2 {
+        down_shape.splice(1.., change.shape[1..].iter().copied());
+        up_shape.resize(change.shape.len(), 1);
+    }
+    let values = |factor: ArrayView2<'_, f64>| factor.iter().copied().collect();
+    [
+        (DOWN, down_shape, values(down.view())),
+        (UP, up_shape, values(up.t())),
+    ]
 }
 
 /// Checks A (r × in × kernel…) against B (out × r × 1…).

@@ -133,6 +133,29 @@ pub fn split(path: &str, flattened: bool) -> InPart<'_> {
     }
 }
 
+/// A path of a base as adapters name it, and whether it names its part: what single files of pipelines put before
+/// the layers of a part (`model.diffusion_model.`) becomes the part's name.
+pub fn of_base(path: &str) -> (String, bool) {
+    let root = COMPONENTS.iter().flat_map(|component| {
+        let roots = component.roots.iter().filter(|root| !root.is_empty());
+        roots.map(move |root| (component, *root))
+    });
+    // Of two parts that share one, the first has it.
+    let longest = root
+        .filter(|(component, root)| path.starts_with(root) && !component.dotted.contains(root))
+        .min_by_key(|(_, root)| std::cmp::Reverse(root.len()));
+    match longest {
+        Some((component, root)) => {
+            let name = match component.is_text {
+                true => component.dotted[0],
+                false => "diffusion_model.",
+            };
+            (format!("{name}{}", &path[root.len()..]), true)
+        }
+        None => (path.to_owned(), false),
+    }
+}
+
 /// A part by what stands before its dotted paths, without the dot, and with it.
 pub fn named(name: &str) -> Option<(&'static Component, &'static str)> {
     let is_it = |prefix: &&&'static str| prefix.strip_suffix('.') == Some(name);

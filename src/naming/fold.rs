@@ -30,6 +30,20 @@ pub fn fold<S: AsRef<str>>(names: &[S]) -> Vec<String> {
         .collect()
 }
 
+/// The kind of a layer: its path with `*` for every number.
+///
+/// ```
+/// assert_eq!(loratool::naming::fold::kind("h.0.experts.3.c_fc"), "h.*.experts.*.c_fc");
+/// ```
+pub fn kind(name: &str) -> String {
+    let is_number =
+        |segment: &str| !segment.is_empty() && segment.bytes().all(|byte| byte.is_ascii_digit());
+    let segments = name
+        .split('.')
+        .map(|segment| if is_number(segment) { "*" } else { segment });
+    segments.collect::<Vec<_>>().join(".")
+}
+
 /// The name with its first all-digit segment replaced by a NUL, and that number.
 fn first_number(name: &str) -> (String, Option<usize>) {
     let mut number = None;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::convert;
 use super::merge::holds_an_adapter;
+use super::outgoing::{Base, format, outlook};
 use crate::adapter::{Adapter, Facts, ReplacementKind, Scale};
 use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Kind, Reason, Result};
@@ -316,14 +316,10 @@ fn conversions(adapter: &Adapter, options: &Options) -> Result<Vec<Conversion>> 
     if options.to.is_empty() {
         return Ok(Vec::new());
     }
-    let base = options
-        .base
-        .as_deref()
-        .map(convert::Base::open)
-        .transpose()?;
+    let base = options.base.as_deref().map(Base::open).transpose()?;
     let outlook = |to: &String| {
-        let target = convert::format(to)?;
-        let found = convert::outlook(adapter, target, base.as_ref(), options.family.as_deref());
+        let target = format(to)?;
+        let found = outlook(adapter, target, base.as_ref(), options.family.as_deref());
         let (losses, folded, problem) = match found {
             Ok((losses, folded)) => (losses, folded, None),
             Err(error) => (Vec::new(), Vec::new(), Some(Problem::of(error))),

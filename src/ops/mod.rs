@@ -3,5 +3,7 @@
 
 pub mod check;
 pub mod convert;
+pub mod extract;
 pub mod inspect;
 pub mod merge;
+mod outgoing;

@@ -263,7 +263,7 @@ const CONV1D_MODELS: &[&str] = &[
 const CONV1D_LEAVES: &[&str] = &["c_attn", "c_proj", "c_fc", "q_attn"];
 
 /// Whether a weight is GPT-2's Conv1D. PEFT's `fan_in_fan_out` is not asked: PEFT itself overrides it.
-fn stores_inputs_first(base: &Checkpoint, tensor: &str) -> bool {
+pub(crate) fn stores_inputs_first(base: &Checkpoint, tensor: &str) -> bool {
     let owner = tensor.strip_suffix(".weight").unwrap_or(tensor);
     if !CONV1D_LEAVES.contains(&path::leaf(owner)) {
         return false;

@@ -1,0 +1,196 @@
+//! A matrix that is formed block of rows by block of rows, kept where it is small enough, and its products with a
+//! few vectors.
+//!
+//! Vectors are rows of an array, so that a basis grows at its end.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayView2, Axis, s};
+use rayon::prelude::*;
+
+use crate::error::Result;
+use crate::linalg::dense::{Dense, Into, Real, Svd};
+
+/// A matrix that is formed when its rows are asked for.
+pub trait Blocks: Sync {
+    /// Rows.
+    fn rows(&self) -> usize;
+
+    /// Columns.
+    fn columns(&self) -> usize;
+
+    /// Fills whole rows.
+    ///
+    /// # Errors
+    /// What reading gives.
+    fn fill(&self, rows: Range<usize>, values: &mut [f64]) -> Result<()>;
+}
+
+/// Elements that one task forms: they stay in the second-level cache.
+const PIECE: usize = 32 << 10;
+
+/// Bytes of a block of a matrix that is not kept.
+const BLOCK: usize = 32 << 20;
+
+/// A matrix in a type of numbers.
+pub(super) struct Matrix<'a, T> {
+    blocks: &'a dyn Blocks,
+    algebra: &'a dyn Dense<T>,
+    /// The squared Frobenius norm.
+    pub(super) square: f64,
+    kept: Option<Array2<T>>,
+}
+
+impl<'a, T: Real> Matrix<'a, T> {
+    /// Forms it once, and keeps it where it has at most `limit` bytes.
+    pub(super) fn new(
+        blocks: &'a dyn Blocks,
+        algebra: &'a dyn Dense<T>,
+        limit: usize,
+    ) -> Result<Self> {
+        let mut matrix = Matrix {
+            blocks,
+            algebra,
+            square: 0.0,
+            kept: None,
+        };
+        let (rows, columns) = (blocks.rows(), blocks.columns());
+        if rows * columns * size_of::<T>() <= limit {
+            let (kept, square) = matrix.formed(0..rows)?;
+            (matrix.kept, matrix.square) = (Some(kept), square);
+        } else {
+            let mut square = 0.0;
+            matrix.by_blocks(|_, _, own| {
+                square += own;
+                Ok(())
+            })?;
+            matrix.square = square;
+        }
+        Ok(matrix)
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.blocks.rows()
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.blocks.columns()
+    }
+
+    /// Some rows, and the sum of their squares in the order of pieces of a fixed size.
+    fn formed(&self, rows: Range<usize>) -> Result<(Array2<T>, f64)> {
+        let columns = self.columns();
+        let mut values = Array2::from_elem((rows.len(), columns), T::zero());
+        let step = (PIECE / columns.max(1)).max(1);
+        let mut pieces: Vec<_> = values.axis_chunks_iter_mut(Axis(0), step).collect();
+        let squares =
+            pieces
+                .par_iter_mut()
+                .enumerate()
+                .map_init(Vec::new, |wide, (index, piece)| {
+                    let first = rows.start + index * step;
+                    wide.clear();
+                    wide.resize(piece.len(), 0.0);
+                    self.blocks.fill(first..first + piece.nrows(), wide)?;
+                    let mut square = 0.0;
+                    for (value, wide) in piece.iter_mut().zip(wide.iter()) {
+                        *value = T::rounded(*wide);
+                        square += wide * wide;
+                    }
+                    Ok(square)
+                });
+        let squares: Vec<f64> = squares.collect::<Result<_>>()?;
+        Ok((values, squares.iter().sum()))
+    }
+
+    /// All rows, block by block.
+    fn by_blocks(
+        &self,
+        mut take: impl FnMut(Range<usize>, ArrayView2<'_, T>, f64) -> Result<()>,
+    ) -> Result<()> {
+        if let Some(kept) = &self.kept {
+            return take(0..self.rows(), kept.view(), self.square);
+        }
+        let step = (BLOCK / size_of::<T>() / self.columns().max(1)).max(1);
+        for first in (0..self.rows()).step_by(step) {
+            let rows = first..(first + step).min(self.rows());
+            let (values, square) = self.formed(rows.clone())?;
+            take(rows, values.view(), square)?;
+        }
+        Ok(())
+    }
+
+    /// `x · Δᵀ` for vectors of as many elements as there are columns.
+    pub(super) fn to_rows(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        let mut result = Array2::from_elem((x.nrows(), self.rows()), T::zero());
+        self.by_blocks(|rows, block, _| {
+            let part = result.slice_mut(s![.., rows]);
+            self.algebra.multiply(x, block.t(), part, Into::Place);
+            Ok(())
+        })?;
+        Ok(result)
+    }
+
+    /// `x · Δ` for vectors of as many elements as there are rows.
+    pub(super) fn to_columns(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        let mut result = Array2::from_elem((x.nrows(), self.columns()), T::zero());
+        self.by_blocks(|rows, block, _| {
+            let part = x.slice(s![.., rows]);
+            self.algebra
+                .multiply(part, block, result.view_mut(), Into::Sum);
+            Ok(())
+        })?;
+        Ok(result)
+    }
+
+    /// The matrix R of a QR decomposition, block by block (for a matrix that is at least as tall as wide).
+    pub(super) fn triangle(&self) -> Result<Array2<T>> {
+        let columns = self.columns();
+        let mut triangle = Array2::from_elem((0, columns), T::zero());
+        self.by_blocks(|_, block, _| {
+            // A block may be lower than it is wide: then rows wait until there are enough.
+            let stacked = ndarray::concatenate(Axis(0), &[triangle.view(), block])
+                .expect("both have as many columns");
+            triangle = match stacked.nrows() > columns {
+                true => self.algebra.thin_qr(stacked.view())?.1,
+                false => stacked,
+            };
+            Ok(())
+        })?;
+        Ok(triangle)
+    }
+}
+
+impl Matrix<'_, f64> {
+    /// All singular values, and the vectors of the smaller side (as columns of `v`).
+    pub(super) fn singular(&self, check: &dyn Fn() -> Result<()>) -> Result<Svd<f64>> {
+        let triangle = match (&self.kept, self.rows() >= self.columns()) {
+            (_, true) => self.triangle()?,
+            (Some(kept), false) => self.algebra.thin_qr(kept.t())?.1,
+            (None, false) => unreachable!("a wide matrix is kept"),
+        };
+        check()?;
+        self.algebra.thin_svd(triangle.view())
+    }
+
+    /// The first vectors of the rows and of the columns, as rows.
+    pub(super) fn vectors(
+        &self,
+        found: &Svd<f64>,
+        rank: usize,
+    ) -> Result<(Array2<f64>, Array2<f64>)> {
+        let near = found.v.slice(s![.., ..rank]).t().to_owned();
+        let tall = self.rows() >= self.columns();
+        let mut far = match tall {
+            true => self.to_rows(near.view())?,
+            false => self.to_columns(near.view())?,
+        };
+        for (mut vector, value) in far.rows_mut().into_iter().zip(&found.s) {
+            vector.mapv_inplace(|element| element / value);
+        }
+        Ok(match tall {
+            true => (far, near),
+            false => (near, far),
+        })
+    }
+}
