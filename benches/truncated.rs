@@ -71,7 +71,7 @@ fn main() {
                 ("alone", None, false),
                 ("full", None, true),
             ] {
-                if exact && size > 2048 {
+                if exact && size > 2048 || std::env::var("ONLY").is_ok_and(|only| only != what) {
                     continue;
                 }
                 let settings = Settings {

@@ -394,7 +394,7 @@ fn table(modules: &[FittedReport]) -> Vec<String> {
 
 fn percent(share: f64) -> String {
     match share * 100.0 {
-        zero if zero == 0.0 => "0 %".to_owned(),
+        0.0 => "0 %".to_owned(),
         small if small < 0.01 => format!("{small:.1e} %"),
         some if some < 10.0 => format!("{some:.2} %"),
         many => format!("{many:.1} %"),

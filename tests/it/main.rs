@@ -44,4 +44,5 @@ mod support;
 mod tied;
 mod torch_files;
 mod transformers;
+mod truncated;
 mod truncation;

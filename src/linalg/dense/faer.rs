@@ -17,7 +17,7 @@ use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::traits::RealField;
 use faer::{Accum, Conj, Mat, MatRef, Par};
 use faer_ext::IntoFaer;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, ShapeBuilder};
 
 use super::{Algebra, Dense, Into, Real, Svd};
 use crate::error::{Error, Reason, Result};
@@ -153,6 +153,12 @@ fn failed(problem: &str) -> Error {
     })
 }
 
+/// A copy that lies column by column, as the matrix does.
 fn owned<T: Copy>(matrix: MatRef<'_, T>) -> Array2<T> {
-    Array2::from_shape_fn((matrix.nrows(), matrix.ncols()), |(i, j)| matrix[(i, j)])
+    let mut values = Vec::with_capacity(matrix.nrows() * matrix.ncols());
+    for column in matrix.col_iter() {
+        values.extend(column.iter().copied());
+    }
+    let shape = (matrix.nrows(), matrix.ncols()).f();
+    Array2::from_shape_vec(shape, values).expect("as many values as elements")
 }

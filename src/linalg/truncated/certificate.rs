@@ -3,7 +3,7 @@
 use ndarray::{Array2, ArrayView2};
 
 use crate::error::Result;
-use crate::linalg::dense::Dense;
+use crate::linalg::dense::{Dense, Into};
 
 /// Independent runs of Lanczos.
 pub(super) const RUNS: usize = 16;
@@ -11,8 +11,11 @@ pub(super) const RUNS: usize = 16;
 /// How often any statement about one matrix may be wrong, over our own random numbers.
 pub(super) const FAILURE: f64 = 1e-9;
 
-/// Numbers of steps of Lanczos that are tried.
-pub(super) const STEPS: &[usize] = &[5, 7, 10, 14, 20];
+/// Most steps of Lanczos.
+pub(super) const MOST_STEPS: usize = 28;
+
+/// After which steps of Lanczos the bound is looked at.
+pub(super) const STEPS: &[usize] = &[5, 7, 10, 14, 20, MOST_STEPS];
 
 /// The ε for which all of [`RUNS`] runs of as many steps miss `‖C‖ ≤ t/(1 − ε)` with a probability of at most
 /// `failure`; C has `size` rows.
@@ -25,58 +28,86 @@ pub(super) fn shortfall(size: usize, steps: usize, failure: f64) -> f64 {
     (exponent / (2 * steps - 1) as f64).powi(2)
 }
 
-/// Upper bounds of the first `count` eigenvalues of A, from Ritz values, the defect G in Ritz coordinates and
-/// `c ≥ ‖C‖`.
-///
-/// For every ν > c, `λᵢ ≤ max(ν, λᵢ(H + G/(ν − c)))`: one decomposition bounds all of them, and of several the
-/// smallest bound counts. The ν that matter lie between c and the last eigenvalue asked for.
-pub(super) fn bounds(
-    algebra: &dyn Dense<f64>,
-    ritz: &[f64],
-    defect: ArrayView2<'_, f64>,
-    c: f64,
-    count: usize,
-) -> Result<Vec<f64>> {
-    // Without a better one: the norm of the coupling adds at most its size (Weyl).
-    let coupling = algebra
-        .eigenvalues(defect)?
-        .first()
-        .copied()
-        .unwrap_or(0.0)
-        .max(0.0)
-        .sqrt();
-    let mut best: Vec<f64> = ritz[..count]
-        .iter()
-        .map(|value| value.max(c) + coupling)
-        .collect();
-    let Some(last) = count.checked_sub(1) else {
-        return Ok(best);
-    };
-    let (mut low, mut high) = (c, best[last]);
-    for _ in 0..6 {
-        let nu = if high > 4.0 * low && low > 0.0 {
-            (low * high).sqrt()
-        } else {
-            (low + high) / 2.0
-        };
-        if nu <= c || !nu.is_finite() {
-            break;
+/// How the space and what is outside are coupled, in Ritz coordinates.
+pub(super) struct Outside<'a> {
+    pub(super) algebra: &'a dyn Dense<f64>,
+    /// Ritz values, falling.
+    pub(super) ritz: &'a [f64],
+    /// A matrix Ẑ of which `ẐᵀẐ` is G, with as few rows as there are.
+    pub(super) coupling: ArrayView2<'a, f64>,
+    /// Its norm.
+    pub(super) norm: f64,
+}
+
+/// How often an interval is halved.
+const HALVINGS: usize = 3;
+
+impl Outside<'_> {
+    /// At most how many eigenvalues of A are above ν, where `‖C‖ ≤ c < ν`: those of `H + G/(ν − c)`.
+    ///
+    /// With `D = diag(θ) − ν` these are the positive ones of `D + ẐᵀẐ/(ν − c)`, which are as many as D has, and as
+    /// `(ν − c)·I + Ẑ·D⁻¹·Ẑᵀ` has negative ones (Haynsworth, 1968, on the matrix of which both are Schur complements).
+    fn above(&self, nu: f64, c: f64) -> Result<usize> {
+        let mut weighted = self.coupling.to_owned();
+        for (mut column, theta) in weighted.columns_mut().into_iter().zip(self.ritz) {
+            let distance = theta - nu;
+            column.mapv_inplace(|value| value / distance);
         }
-        let mut shifted: Array2<f64> = defect.mapv(|value| value / (nu - c));
-        for (index, value) in ritz.iter().enumerate() {
-            shifted[(index, index)] += value;
-        }
-        let values = algebra.eigenvalues(shifted.view())?;
-        for (bound, value) in best.iter_mut().zip(&values) {
-            *bound = bound.min(value.max(nu));
-        }
-        match values[last] > nu {
-            true => low = nu,
-            false => high = nu,
-        }
-        if high - low <= 1e-3 * high {
-            break;
-        }
+        let rows = self.coupling.nrows();
+        let mut small = Array2::zeros((rows, rows));
+        self.algebra.multiply(
+            weighted.view(),
+            self.coupling.t(),
+            small.view_mut(),
+            Into::Place,
+        );
+        small.diag_mut().mapv_inplace(|value| value + nu - c);
+        let values = self.algebra.eigenvalues(small.view())?;
+        let negative = values.iter().filter(|value| **value < 0.0).count();
+        let positive = self.ritz.iter().take_while(|theta| **theta > nu).count();
+        Ok(positive + negative)
     }
-    Ok(best)
+
+    /// At most what the first `count` eigenvalues of A are above their Ritz values, all together, where `‖C‖ ≤ c`;
+    /// nothing as soon as that is more than `allowed`. Bounds that are closer than `step` are not looked for.
+    pub(super) fn gap(&self, c: f64, count: usize, allowed: f64, step: f64) -> Result<Option<f64>> {
+        let step = step.min(self.norm);
+        let mut sum = 0.0;
+        for index in (0..count).rev() {
+            let theta = self.ritz[index];
+            // Weyl: the coupling moves no eigenvalue by more than its norm.
+            let (start, most) = (theta.max(c), self.norm);
+            let holds = |more: f64| -> Result<bool> {
+                let mut nu = start + more;
+                while self.ritz.contains(&nu) {
+                    nu = nu.next_up();
+                }
+                Ok(nu > c && self.above(nu, c)? <= index)
+            };
+            let (mut low, mut high) = (0.0, step);
+            while high < most && !holds(high)? {
+                (low, high) = (high, 4.0 * high);
+                if sum + start + low - theta > allowed {
+                    return Ok(None);
+                }
+            }
+            if high >= most {
+                high = most;
+            }
+            if low > 0.0 {
+                for _ in 0..HALVINGS {
+                    let middle = (low + high) / 2.0;
+                    match holds(middle)? {
+                        true => high = middle,
+                        false => low = middle,
+                    }
+                }
+            }
+            sum += start + high - theta;
+            if sum > allowed {
+                return Ok(None);
+            }
+        }
+        Ok(Some(sum))
+    }
 }

@@ -4,7 +4,7 @@
 //! decomposition", 2015. Everything lives on the smaller side of Δ: for the Gram matrix `A` of that side the space is
 //! `[X, A·X, A²·X, …]`, every block made orthogonal to all before it, twice.
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::matrix::Matrix;
 use crate::error::Result;
@@ -29,6 +29,8 @@ pub(super) struct Krylov<'a, T> {
     applied: Array2<T>,
     /// `QᵀAQ`, from the images.
     projected: Array2<f64>,
+    /// Vectors in the last block.
+    last: usize,
     /// Whether the space is exhausted: A maps it into itself, to rounding.
     pub(super) invariant: bool,
 }
@@ -65,6 +67,7 @@ impl<'a, T: Real> Krylov<'a, T> {
             images: empty(other),
             applied: empty(size),
             projected: Array2::zeros((0, 0)),
+            last: 0,
             invariant: false,
         };
         let start = gaussian(width.min(size), other, random);
@@ -99,15 +102,10 @@ impl<'a, T: Real> Krylov<'a, T> {
         }
     }
 
-    /// One more block: the images of the last one under A, and `fresh` random vectors.
-    pub(super) fn grow(&mut self, last: usize, fresh: usize, random: &mut Random) -> Result<()> {
-        let from = self.len() - last.min(self.len());
-        let mut block = self.applied.slice(s![from.., ..]).to_owned();
-        if fresh > 0 {
-            let start = gaussian(fresh, self.images.ncols(), random);
-            let start = self.back(start.view())?;
-            block = stacked(&block, &start);
-        }
+    /// One more block: what A makes of the last one.
+    pub(super) fn grow(&mut self) -> Result<()> {
+        let last = self.len() - self.last;
+        let block = self.applied.slice(s![last.., ..]).to_owned();
         self.extend(block)
     }
 
@@ -129,9 +127,15 @@ impl<'a, T: Real> Krylov<'a, T> {
         let images = self.over(block.view())?;
         let applied = self.back(images.view())?;
         let (old, new) = (self.len(), block.nrows());
-        self.basis = stacked(&self.basis, &block);
-        self.images = stacked(&self.images, &images);
-        self.applied = stacked(&self.applied, &applied);
+        for (all, new) in [
+            (&mut self.basis, &block),
+            (&mut self.images, &images),
+            (&mut self.applied, &applied),
+        ] {
+            all.append(Axis(0), new.view())
+                .expect("both have as many columns");
+        }
+        self.last = new;
         let mut projected = Array2::zeros((old + new, old + new));
         projected
             .slice_mut(s![..old, ..old])
@@ -168,86 +172,56 @@ impl<'a, T: Real> Krylov<'a, T> {
         Ok(Ritz { values, vectors })
     }
 
-    /// `G = ZᵀZ` of `Z = AQ − QH`, in Ritz coordinates.
-    pub(super) fn defect(&self, ritz: &Ritz) -> Array2<f64> {
+    /// Ẑ of `ẐᵀẐ = ZᵀZ` for `Z = AQ − QH`, in Ritz coordinates, and its norm.
+    ///
+    /// What A makes of every block but the last is in the space, because the next block was made of it: there Z is
+    /// rounding.
+    pub(super) fn coupling(&self, ritz: &Ritz) -> Result<(Array2<f64>, f64)> {
         let length = self.len();
-        let mut defect = Array2::zeros((length, length));
-        let mut minus = self.projected.clone();
+        let last = length - self.last;
+        let mut coupling = Array2::zeros((self.last, self.last));
+        let mut minus = self.projected.slice(s![last.., ..]).to_owned();
         minus.mapv_inplace(|value| -value);
         for first in (0..self.size()).step_by(STRIP) {
-            let strip = s![.., first..(first + STRIP).min(self.size())];
-            let mut z = self.applied.slice(strip).mapv(T::widened);
-            let basis = self.basis.slice(strip).mapv(T::widened);
+            let columns = first..(first + STRIP).min(self.size());
+            let mut z = self
+                .applied
+                .slice(s![last.., columns.clone()])
+                .mapv(T::widened);
+            let basis = self.basis.slice(s![.., columns]).mapv(T::widened);
             self.wide
                 .multiply(minus.view(), basis.view(), z.view_mut(), Into::Sum);
             self.wide
-                .multiply(z.view(), z.t(), defect.view_mut(), Into::Sum);
+                .multiply(z.view(), z.t(), coupling.view_mut(), Into::Sum);
         }
-        let mut half = Array2::zeros((length, length));
-        self.wide.multiply(
-            ritz.vectors.t(),
-            defect.view(),
-            half.view_mut(),
-            Into::Place,
-        );
-        self.wide.multiply(
-            half.view(),
-            ritz.vectors.view(),
-            defect.view_mut(),
-            Into::Place,
-        );
-        defect
+        // The root of the small matrix, by its eigenvectors.
+        let (values, vectors) = self.wide.eigh(coupling.view())?;
+        let mut root = vectors.t().to_owned();
+        for (mut row, value) in root.rows_mut().into_iter().zip(&values) {
+            row *= value.max(0.0).sqrt();
+        }
+        let own = ritz.vectors.slice(s![last.., ..]);
+        let mut coupling = Array2::zeros((self.last, length));
+        self.wide
+            .multiply(root.view(), own, coupling.view_mut(), Into::Place);
+        let norm = values.first().copied().unwrap_or(0.0).max(0.0).sqrt();
+        Ok((coupling, norm))
     }
 
-    /// The largest Ritz value of several Lanczos runs of A on the complement of the basis, after each number of steps
-    /// up to `steps`.
-    ///
-    /// The runs go in lockstep, each with a start of its own. As far as rounding makes them lose orthogonality, Ritz
-    /// values are repeated, and the largest remains one (Paige, 1980).
-    pub(super) fn complement(
-        &self,
-        runs: usize,
-        steps: usize,
-        random: &mut Random,
-    ) -> Result<Vec<f64>> {
-        let mut now = gaussian(runs, self.size(), random);
-        self.remove_basis(&mut now);
-        self.remove_basis(&mut now);
-        normalise(&mut now);
-        let mut before = Array2::from_elem(now.dim(), T::zero());
-        let (mut diagonal, mut beside): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (Vec::new(), Vec::new());
-        let mut largest = Vec::new();
-        for _ in 0..steps {
-            let image = self.over(now.view())?;
-            let mut next = self.back(image.view())?;
-            self.remove_basis(&mut next);
-            let alphas = products(&next, &now);
-            let betas = beside.last().cloned().unwrap_or_else(|| vec![0.0; runs]);
-            for run in 0..runs {
-                let (alpha, beta) = (T::rounded(alphas[run]), T::rounded(betas[run]));
-                let others = now.row(run).into_iter().zip(before.row(run));
-                for (value, (now, before)) in next.row_mut(run).iter_mut().zip(others) {
-                    *value = *value - alpha * *now - beta * *before;
-                }
-            }
-            diagonal.push(alphas);
-            beside.push(normalise(&mut next));
-            (before, now) = (now, next);
-            let size = diagonal.len();
-            let mut top = 0.0f64;
-            for run in 0..runs {
-                let tridiagonal =
-                    Array2::from_shape_fn((size, size), |(i, j)| match i.abs_diff(j) {
-                        0 => diagonal[i][run],
-                        1 => beside[i.min(j)][run],
-                        _ => 0.0,
-                    });
-                let values = self.wide.eigenvalues(tridiagonal.view())?;
-                top = top.max(values.first().copied().unwrap_or(0.0));
-            }
-            largest.push(top);
-        }
-        Ok(largest)
+    /// The Gram matrix A of the smaller side, on the complement of the basis, of vectors in it.
+    pub(super) fn outside(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        let image = self.over(x)?;
+        let mut applied = self.back(image.view())?;
+        self.remove_basis(&mut applied);
+        Ok(applied)
+    }
+
+    /// Random vectors of the complement.
+    pub(super) fn random_outside(&self, count: usize, random: &mut Random) -> Array2<T> {
+        let mut vectors = gaussian(count, self.size(), random);
+        self.remove_basis(&mut vectors);
+        self.remove_basis(&mut vectors);
+        vectors
     }
 
     /// The first singular triplets: vectors of the rows and of the columns of Δ (as rows), and singular values.
@@ -307,10 +281,6 @@ fn gram<T: Real>(wide: &dyn Dense<f64>, a: ArrayView2<'_, T>, b: ArrayView2<'_, 
     result
 }
 
-fn stacked<T: Real>(above: &Array2<T>, below: &Array2<T>) -> Array2<T> {
-    concatenate(Axis(0), &[above.view(), below.view()]).expect("both have as many columns")
-}
-
 fn gaussian<T: Real>(rows: usize, columns: usize, random: &mut Random) -> Array2<T> {
     let values = random
         .normals(rows * columns)
@@ -318,26 +288,4 @@ fn gaussian<T: Real>(rows: usize, columns: usize, random: &mut Random) -> Array2
         .map(T::rounded)
         .collect();
     Array2::from_shape_vec((rows, columns), values).expect("as many values as elements")
-}
-
-/// Scales rows to length one, and tells what their length was; rows of zeros stay.
-fn normalise<T: Real>(block: &mut Array2<T>) -> Vec<f64> {
-    let norms: Vec<f64> = products(block, block).into_iter().map(f64::sqrt).collect();
-    for (mut row, norm) in block.rows_mut().into_iter().zip(&norms) {
-        if *norm > 0.0 {
-            row.mapv_inplace(|value| T::rounded(value.widened() / norm));
-        }
-    }
-    norms
-}
-
-/// The inner product of each pair of rows, in f64.
-fn products<T: Real>(a: &Array2<T>, b: &Array2<T>) -> Vec<f64> {
-    let rows = a.rows().into_iter().zip(b.rows());
-    rows.map(|(a, b)| {
-        a.iter()
-            .zip(b)
-            .fold(0.0, |sum, (a, b)| sum + a.widened() * b.widened())
-    })
-    .collect()
 }

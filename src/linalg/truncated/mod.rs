@@ -12,9 +12,11 @@ use crate::error::{Error, Reason, Result};
 
 mod certificate;
 mod krylov;
+mod lanczos;
 mod matrix;
 
 use krylov::{Krylov, Ritz};
+use lanczos::Lanczos;
 use matrix::Matrix;
 
 pub use matrix::Blocks;
@@ -158,13 +160,24 @@ pub fn truncated(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncat
     if settings.exact || side <= SMALL.max(2 * most) {
         return complete(blocks, settings);
     }
-    if let Some(found) = approximated::<f32>(blocks, settings, settings.algebra)? {
-        return Ok(found);
+    let mut found = approximated::<f32>(blocks, settings, settings.algebra)?;
+    if let Approximated::TooShort = found {
+        found = approximated::<f64>(blocks, settings, settings.algebra)?;
     }
-    match approximated::<f64>(blocks, settings, settings.algebra)? {
-        Some(found) => Ok(found),
-        None => complete(blocks, settings),
+    match found {
+        Approximated::Found(found) => Ok(found),
+        Approximated::TooShort | Approximated::Hard => complete(blocks, settings),
     }
+}
+
+/// What came of a Krylov space.
+enum Approximated {
+    /// A truncation.
+    Found(Truncation),
+    /// The numbers are too short for the residual.
+    TooShort,
+    /// All singular values are to be computed instead.
+    Hard,
 }
 
 /// By all singular values.
@@ -201,14 +214,17 @@ fn complete(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncation> 
     })
 }
 
-/// By a Krylov space; nothing where the numbers are too short for the residual.
+/// By a Krylov space.
 fn approximated<T: Real>(
     blocks: &dyn Blocks,
     settings: &Settings<'_>,
     algebra: &dyn Dense<T>,
-) -> Result<Option<Truncation>> {
+) -> Result<Approximated> {
     let matrix = Matrix::new(blocks, algebra, settings.memory)?;
     finite(matrix.square)?;
+    if matrix.square == 0.0 {
+        return Ok(Approximated::Hard);
+    }
     let side = blocks.rows().min(blocks.columns());
     let mut random = Random::new(settings.seed);
     let width = (settings.rank.most(side) + OVERSAMPLING).min(WIDEST);
@@ -218,8 +234,8 @@ fn approximated<T: Real>(
         square: matrix.square,
         krylov: Krylov::new(&matrix, algebra, settings.algebra, width, &mut random)?,
         random,
-        width,
         best: f64::INFINITY,
+        seen: None,
         tries: 0,
         single: T::ROUNDOFF > f64::ROUNDOFF,
     };
@@ -240,9 +256,10 @@ struct Search<'a, T> {
     square: f64,
     krylov: Krylov<'a, T>,
     random: Random,
-    width: usize,
     /// The least bound so far of the norm outside the space, which only shrinks while the space grows.
     best: f64,
+    /// The largest value that Lanczos found outside, and how many vectors the space had then.
+    seen: Option<(f64, usize)>,
     /// How often a bound was looked for.
     tries: i32,
     /// Whether products are in f32.
@@ -250,11 +267,11 @@ struct Search<'a, T> {
 }
 
 impl<T: Real> Search<'_, T> {
-    fn run(&mut self) -> Result<Option<Truncation>> {
+    fn run(&mut self) -> Result<Approximated> {
         let mut before: Option<f64> = None;
         loop {
             (self.settings.check)()?;
-            self.krylov.grow(self.width, 0, &mut self.random)?;
+            self.krylov.grow()?;
             let ritz = self.krylov.ritz()?;
             let (rank, reached) = self
                 .settings
@@ -263,43 +280,46 @@ impl<T: Real> Search<'_, T> {
             let kept: f64 = ritz.values.iter().take(rank).sum();
             let residual = self.square - kept;
             if self.single && residual < SMALLEST_IN_F32 * self.square {
-                return Ok(None);
+                return Ok(Approximated::TooShort);
             }
             let full = self.krylov.len() >= self.side / 2 || self.krylov.invariant;
             if ritz.values.len() < rank + 4 && !full {
                 continue;
             }
+            let found = |proof| Ok(Approximated::Found(self.taken(&ritz, rank, reached, proof)));
             if residual <= self.square * self.side as f64 * 4.0 * T::ROUNDOFF {
-                return Ok(Some(self.taken(&ritz, rank, reached, Proof::Rounding)));
+                return found(Proof::Rounding);
             }
             let Some(tolerance) = self.settings.tolerance else {
                 // Ritz values that no longer move.
-                let moved = before.is_none_or(|before| kept - before > 1e-3 * residual);
+                let moved = before.is_none_or(|before| kept - before > 1e-2 * residual);
                 before = Some(kept);
                 if !moved || full {
-                    return Ok(Some(self.taken(&ritz, rank, reached, Proof::None)));
+                    return found(Proof::None);
                 }
                 continue;
             };
-            if let Some(excess) = self.proved(&ritz, rank, tolerance, full)? {
-                return Ok(Some(self.taken(
-                    &ritz,
-                    rank,
-                    reached,
-                    Proof::Within(excess),
-                )));
-            }
-            if full {
-                return match self.side <= WHOLE && !self.single {
-                    true => Ok(None),
-                    false => Ok(Some(self.taken(&ritz, rank, reached, Proof::None))),
-                };
+            let excess = self.proved(&ritz, rank, tolerance, full)?;
+            let found = |proof| Ok(Approximated::Found(self.taken(&ritz, rank, reached, proof)));
+            match excess {
+                Some(excess) if excess <= tolerance => return found(Proof::Within(excess)),
+                _ if !full => {}
+                _ if self.side <= WHOLE => return Ok(Approximated::Hard),
+                Some(excess) => return found(Proof::Within(excess)),
+                None => return found(Proof::None),
             }
         }
     }
 
     fn taken(&self, ritz: &Ritz, rank: usize, reached: bool, proof: Proof) -> Truncation {
-        let (left, values, right) = self.krylov.triplets(ritz, rank.min(ritz.values.len()));
+        // Directions of zeros say nothing.
+        let floor = ritz.values.first().copied().unwrap_or(0.0) * T::ROUNDOFF * T::ROUNDOFF;
+        let some = ritz
+            .values
+            .iter()
+            .take(rank)
+            .take_while(|value| **value > floor);
+        let (left, values, right) = self.krylov.triplets(ritz, some.count());
         Truncation {
             left,
             right,
@@ -322,64 +342,71 @@ impl<T: Real> Search<'_, T> {
         let kept: f64 = ritz.values[..rank].iter().sum();
         let outside = self.square - ritz.values.iter().sum::<f64>();
         self.best = self.best.min(outside.max(0.0) * (1.0 + 1e-6));
-        let defect = self.krylov.defect(ritz);
+        let (coupling, norm) = self.krylov.coupling(ritz)?;
         let wide: &dyn Dense<f64> = self.settings.algebra;
-        let slack = 8.0 * T::ROUNDOFF;
-        let (square, values) = (self.square, &ritz.values);
+        let values = &ritz.values;
+        let outside = certificate::Outside {
+            algebra: wide,
+            ritz: values,
+            coupling: coupling.view(),
+            norm,
+        };
+        let residual = self.square - kept;
+        let of_rounding = |value: &f64| 8.0 * T::ROUNDOFF * (values[0] * value).sqrt();
+        let rounding: f64 = values[..rank].iter().map(of_rounding).sum();
+        // What the best residual may be smaller by.
+        let allowed = residual * (1.0 - (1.0 + tolerance).powi(-2)) - rounding;
         let excess = |c: f64| -> Result<Option<f64>> {
-            let bounds = certificate::bounds(wide, values, defect.view(), c, rank)?;
-            let rounding = values[..rank]
-                .iter()
-                .map(|value| slack * (values[0] * value).sqrt());
-            let least = square - bounds.iter().sum::<f64>() - rounding.sum::<f64>();
-            Ok((least > 0.0).then(|| ((square - kept) / least).sqrt() - 1.0))
+            if allowed <= 0.0 {
+                return Ok(None);
+            }
+            let step = allowed / rank as f64 / 8.0;
+            let most = if last { residual - rounding } else { allowed };
+            let gap = outside.gap(c, rank, most, step)?;
+            let least = gap
+                .map(|gap| residual - gap - rounding)
+                .filter(|least| *least > 0.0);
+            Ok(least.map(|least| (residual / least).sqrt() - 1.0))
         };
         let good = |found: Option<f64>| found.filter(|found| *found <= tolerance);
         if let Some(found) = good(excess(self.best)?) {
             return Ok(Some(found));
         }
-        // What would be proved if the norm outside were as small as it can be.
-        let hope = values[(values.len() / 3).min(values.len() - 1)].min(self.best);
-        if good(excess(hope)?).is_none() && !last {
+        // Whether it can be proved if the norm outside is as small as it may be by now.
+        let length = self.krylov.len();
+        let hope = match self.seen {
+            Some((_, before)) if length * 4 < before * 5 && !last => return Ok(None),
+            Some((seen, before)) => seen * (before as f64 / length as f64).powf(0.1),
+            None => values[(length / 3).min(length - 1)],
+        };
+        if good(excess(hope.min(self.best))?).is_none() && !last {
             return Ok(None);
         }
         self.tries += 1;
         let failure = certificate::FAILURE / 2f64.powi(self.tries);
-        let most = certificate::STEPS.last().copied().unwrap_or(1);
-        let steps = match last {
-            true => most,
-            false => self.steps_for(hope, &excess, tolerance, failure)?,
-        };
-        let (runs, size) = (certificate::RUNS, self.krylov.size());
-        let largest = self.krylov.complement(runs, steps, &mut self.random)?;
-        for (index, top) in largest.iter().enumerate() {
-            let short = certificate::shortfall(size, index + 1, failure);
+        let mut lanczos = Lanczos::new(&self.krylov, certificate::RUNS, &mut self.random);
+        let mut steps = 0;
+        for goal in certificate::STEPS {
+            while steps < *goal {
+                lanczos.step(&self.krylov)?;
+                steps += 1;
+            }
+            let largest = lanczos.largest(wide)? * (1.0 + 1e-5);
+            self.seen = Some((largest, length));
+            let short = certificate::shortfall(self.side, steps, failure);
             if short < 1.0 {
-                self.best = self.best.min(top * (1.0 + 1e-5) / (1.0 - short));
+                self.best = self.best.min(largest / (1.0 - short));
+            }
+            let found = excess(self.best)?;
+            if good(found).is_some() || last && steps == certificate::MOST_STEPS {
+                return Ok(found);
+            }
+            // The norm is not less than what was found in it.
+            if !last && good(excess(largest)?).is_none() {
+                return Ok(None);
             }
         }
-        let found = excess(self.best)?;
-        Ok(if last { found } else { good(found) })
-    }
-
-    /// The fewest steps that are enough if the norm outside is as small as it can be.
-    fn steps_for(
-        &self,
-        hope: f64,
-        excess: &dyn Fn(f64) -> Result<Option<f64>>,
-        tolerance: f64,
-        failure: f64,
-    ) -> Result<usize> {
-        let mut most = 1;
-        for steps in certificate::STEPS {
-            most = *steps;
-            let short = certificate::shortfall(self.side, most, failure);
-            if short < 1.0 && excess(hope / (1.0 - short))?.is_some_and(|found| found <= tolerance)
-            {
-                break;
-            }
-        }
-        Ok(most)
+        Ok(None)
     }
 }
 
