@@ -75,6 +75,7 @@ class Setup:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             first = next((n for n, line in enumerate(lines) if line.startswith("error")), len(lines) - 1)
             raise Refused("loratool: " + " ".join(line.strip() for line in lines[first : first + 2]))
+        return done.stdout
 
     def judge(self, peer, source, to, limit, compute, fault=None):
         """Adds a row; `compute` gives the largest difference, relative to the largest value expected.
