@@ -13,6 +13,7 @@ mod convert;
 mod convert_names;
 mod convert_values;
 mod definition;
+mod dense;
 mod families;
 mod flux;
 mod fuzz;

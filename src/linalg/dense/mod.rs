@@ -8,13 +8,15 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, LinalgScalar};
 
-use crate::error::Result;
+use crate::error::{Error, Reason, Result};
 
 mod faer;
 #[cfg(feature = "lapack")]
 mod lapack;
 
 pub use faer::FAER;
+#[cfg(feature = "lapack")]
+pub use lapack::LAPACK;
 
 /// Real numbers that matrices are made of.
 pub trait Real: LinalgScalar + PartialOrd + Debug + Send + Sync {
@@ -118,5 +120,35 @@ pub trait Algebra: Dense<f32> + Dense<f64> {
 pub static ALGEBRAS: &[&dyn Algebra] = &[
     &FAER,
     #[cfg(feature = "lapack")]
-    &lapack::LAPACK,
+    &LAPACK,
 ];
+
+/// The decomposition of a matrix by way of its triangle, for decompositions that are made for squares.
+fn by_triangle<T: Real>(
+    library: &impl Dense<T>,
+    a: ArrayView2<'_, T>,
+    svd: impl FnOnce(ArrayView2<'_, T>) -> Result<Svd<T>>,
+) -> Result<Svd<T>> {
+    if a.nrows() < a.ncols() {
+        let Svd { u: v, s, v: u } = by_triangle(library, a.reversed_axes(), svd)?;
+        return Ok(Svd { u, s, v });
+    }
+    let (q, r) = library.thin_qr(a)?;
+    let Svd { u: turned, s, v } = svd(r.view())?;
+    let mut u = Array2::zeros(q.dim());
+    library.multiply(q.view(), turned.view(), u.view_mut(), Into::Place);
+    Ok(Svd { u, s, v })
+}
+
+fn refuse_wide((rows, columns): (usize, usize)) -> Result<()> {
+    match rows < columns {
+        true => Err(failed("QR of a matrix that is wider than tall")),
+        false => Ok(()),
+    }
+}
+
+fn failed(problem: &str) -> Error {
+    Error::new(Reason::Factorisation {
+        problem: problem.to_owned(),
+    })
+}
