@@ -232,62 +232,55 @@ fn products_are_those_of_a_plain_loop_whatever_the_layout() {
     everywhere!(check_products);
 }
 
-/// QR of a matrix in every layout.
-fn check_qr<T: Real>(library: &dyn Dense<T>, a: &Array2<T>, what: &str) {
-    for layout in Layout::ALL {
-        let memory = layout.memory(a);
-        let (q, r) = library.thin_qr(layout.within(memory.view())).unwrap();
-        let what = format!("{what}, {:?}, {layout:?}", a.dim());
-        assert_eq!(q.dim(), a.dim(), "{what}");
-        assert_eq!(r.dim(), (a.ncols(), a.ncols()), "{what}");
-        let below = r.indexed_iter().filter(|((i, j), _)| i > j);
+/// QR of a matrix.
+fn check_qr<T: Real>(library: &dyn Dense<T>, layout: Layout, a: &Array2<T>, what: &str) {
+    let what = format!("{what}, {:?}, {layout:?}", a.dim());
+    let memory = layout.memory(a);
+    let (q, r) = library.thin_qr(layout.within(memory.view())).unwrap();
+    assert_eq!(q.dim(), a.dim(), "{what}");
+    assert_eq!(r.dim(), (a.ncols(), a.ncols()), "{what}");
+    for ((i, j), value) in r.indexed_iter() {
+        assert!(i <= j || value.is_zero(), "{what}: {value:?} at {i}, {j}");
+    }
+    assert_orthonormal(&q, &what);
+    let made = product(&widened(q.view()), &widened(r.view()));
+    let rest = widened(a.view()) - made;
+    // Every column on its own: what is small beside others, or nearly the same, has its direction too.
+    for (index, (column, rest)) in a.columns().into_iter().zip(rest.columns()).enumerate() {
+        let column = column.mapv(T::widened);
+        let (error, length) = (rest.dot(&rest).sqrt(), column.dot(&column).sqrt());
+        let allowed = allowance::<T>(a.nrows()) * length;
         assert!(
-            below.into_iter().all(|(_, value)| value.is_zero()),
-            "{what}"
+            error <= allowed,
+            "{what}: column {index} is wrong by {error:e}, {allowed:e} are allowed"
         );
-        assert_orthonormal(&q, &what);
-        let made = product(&widened(q.view()), &widened(r.view()));
-        let a = widened(a.view());
-        // Every column on its own: a range must be found in small columns too.
-        for (index, (a, made)) in a.columns().into_iter().zip(made.columns()).enumerate() {
-            let error = (&a - &made).dot(&(&a - &made)).sqrt();
-            let allowed = allowance::<T>(a.len()) * a.dot(&a).sqrt();
-            assert!(
-                error <= allowed,
-                "{what}: column {index} is wrong by {error:e}, {allowed:e} are allowed"
-            );
-        }
     }
 }
 
 fn check_qrs<T: Real>(library: &dyn Dense<T>, what: &str) {
+    let mut layouts = Layout::ALL.into_iter().cycle();
     for (rows, columns) in [(1, 1), (7, 1), (5, 5), (64, 64), (300, 40), (2000, 48)] {
-        let a = random::<T>(4, rows, columns);
-        check_qr(library, &a, what);
-        check_qr(
-            library,
-            &Array2::zeros((rows, columns)),
-            &format!("{what}, zero"),
-        );
+        let any = random::<T>(4, rows, columns);
         let rank = columns.div_ceil(3);
-        let low = product(
-            &widened(random::<T>(5, rows, rank).view()),
-            &widened(random::<T>(6, rank, columns).view()),
-        );
-        check_qr(library, &rounded(&low), &format!("{what}, rank {rank}"));
-        let mut graded = a.clone();
+        let (left, right) = (random::<T>(5, rows, rank), random::<T>(6, rank, columns));
+        let low = product(&widened(left.view()), &widened(right.view()));
+        let mut graded = widened(any.view());
         for (index, mut column) in graded.columns_mut().into_iter().enumerate() {
-            let scale = T::rounded(10f64.powi(20 - index as i32 % 40));
-            column.mapv_inplace(|value| value * scale);
+            column *= 10f64.powi(20 - index as i32 % 40);
         }
-        check_qr(library, &graded, &format!("{what}, graded"));
-        let mut near = a.clone();
-        for mut column in near.columns_mut() {
-            column.zip_mut_with(&a.column(0), |value, first| {
-                *value = T::rounded(first.widened() + 1e-3 * value.widened());
-            });
+        let near = 1e-3 * widened(any.view()) + widened(any.slice(s![.., ..1]));
+        let cases = [
+            ("any", any),
+            ("zero", Array2::zeros((rows, columns))),
+            ("of low rank", rounded(&low)),
+            ("graded", rounded(&graded)),
+            ("nearly one direction", rounded(&near)),
+        ];
+        for ((name, a), layout) in cases.iter().zip(&mut layouts) {
+            check_qr(library, layout, a, &format!("{what}, {name}"));
         }
-        check_qr(library, &near, &format!("{what}, nearly one direction"));
+        // Every kind of matrix meets every layout.
+        layouts.next();
     }
 }
 
@@ -311,6 +304,27 @@ fn check_wide<T: Real>(library: &dyn Dense<T>, what: &str) {
 #[test]
 fn qr_refuses_a_matrix_that_is_wider_than_tall() {
     everywhere!(check_wide);
+}
+
+fn check_endless<T: Real>(library: &dyn Dense<T>, what: &str) {
+    for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let mut a = random::<T>(17, 9, 9);
+        a[(6, 4)] = T::rounded(value);
+        let errors = [
+            library.thin_qr(a.view()).unwrap_err(),
+            library.thin_svd(a.view()).unwrap_err(),
+            library.eigh(a.view()).unwrap_err(),
+            library.eigenvalues(a.view()).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(error.to_string().contains("(6, 4)"), "{what}: {error}");
+        }
+    }
+}
+
+#[test]
+fn factorisations_refuse_what_is_not_finite() {
+    everywhere!(check_endless);
 }
 
 /// The decomposition of a matrix, and its values.
@@ -475,7 +489,7 @@ fn check_empty<T: Real>(library: &dyn Dense<T>, what: &str) {
         check_product(library, sizes, what);
     }
     for (rows, columns) in [(0, 0), (3, 0)] {
-        check_qr(library, &Array2::zeros((rows, columns)), what);
+        check_qr(library, Layout::Rows, &Array2::zeros((rows, columns)), what);
     }
     for (rows, columns) in [(0, 0), (3, 0), (0, 3)] {
         check_svd(

@@ -19,7 +19,10 @@ use faer::{Accum, Conj, Mat, MatMut, MatRef, Par};
 use faer_ext::IntoFaer;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ShapeBuilder};
 
-use super::{Algebra, Dense, Into, Real, Svd, by_triangle, failed, refuse_wide};
+use super::{
+    Algebra, Dense, Into, Real, Svd, anywhere, by_triangle, failed, in_lower_half, largest,
+    refuse_wide,
+};
 use crate::error::Result;
 
 /// The library.
@@ -53,6 +56,7 @@ impl<T: Real + RealField> Dense<T> for Faer {
 
     fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {
         refuse_wide(a.dim())?;
+        largest(a, anywhere)?;
         let (rows, columns) = a.dim();
         let mut factored = a.into_faer().to_owned();
         let mut triangle = Mat::zeros(columns, columns);
@@ -64,7 +68,7 @@ impl<T: Real + RealField> Dense<T> for Faer {
         apply(vectors, triangle, Conj::No, q.as_mut(), Par::Seq, stack);
         let r = Array2::from_shape_fn((columns, columns), |(i, j)| match i <= j {
             true => factored[(i, j)],
-            false => T::rounded(0.0),
+            false => T::zero(),
         });
         Ok((owned(q.as_ref()), r))
     }
@@ -75,7 +79,7 @@ impl<T: Real + RealField> Dense<T> for Faer {
         if 2 * rows.max(columns) > 3 * rows.min(columns) {
             return by_triangle(self, a, |r| self.thin_svd(r));
         }
-        let (a, scale) = scaled(a, |_, _| true);
+        let (a, scale) = scaled(a, anywhere)?;
         let size = rows.min(columns);
         let (mut u, mut v) = (Mat::zeros(rows, size), Mat::zeros(columns, size));
         let mut s = Diag::<T>::zeros(size);
@@ -124,7 +128,7 @@ fn eigen<T: Real + RealField>(
         Some(_) => ComputeEigenvectors::Yes,
         None => ComputeEigenvectors::No,
     };
-    let (a, scale) = scaled(a, |row, column| row >= column);
+    let (a, scale) = scaled(a, in_lower_half)?;
     let mut values = Diag::<T>::zeros(size);
     let scratch = self_adjoint_evd_scratch::<T>(size, wanted, Par::Seq, Default::default());
     self_adjoint_evd(
@@ -193,23 +197,20 @@ fn reflect<T: RealField>(a: MatMut<'_, T>, mut triangle: MatMut<'_, T>, stack: &
     }
 }
 
-/// The entries that are read, times a power of two that brings the largest near one: faer squares what it is given,
-/// and f32 ends at 1e-38.
+/// The entries that count, times a power of two that brings the largest near one: faer squares what it is given, and
+/// f32 ends at 1e-38.
 fn scaled<T: Real + RealField>(
     a: ArrayView2<'_, T>,
-    read: impl Fn(usize, usize) -> bool,
-) -> (Mat<T>, f64) {
-    let entry = |row, column| match read(row, column) {
-        true => a[(row, column)].widened(),
-        false => 0.0,
-    };
-    let entries = ndarray::indices(a.dim()).into_iter();
-    let largest = entries.fold(0.0, |largest: f64, (i, j)| largest.max(entry(i, j).abs()));
+    counts: fn((usize, usize)) -> bool,
+) -> Result<(Mat<T>, f64)> {
     // Of zero the logarithm is infinite.
-    let exponent = largest.log2().floor().clamp(-1000.0, 1000.0) as i32;
-    let scale = 2f64.powi(-exponent);
-    let scaled = |row, column| T::rounded(entry(row, column) * scale);
-    (Mat::from_fn(a.nrows(), a.ncols(), scaled), scale)
+    let exponent = largest(a, counts)?.log2().floor().clamp(-1000.0, 1000.0);
+    let scale = 2f64.powi(-exponent as i32);
+    let entry = |row, column| match counts((row, column)) {
+        true => T::rounded(a[(row, column)].widened() * scale),
+        false => T::zero(),
+    };
+    Ok((Mat::from_fn(a.nrows(), a.ncols(), entry), scale))
 }
 
 /// Undoes [`scaled`].

@@ -10,7 +10,10 @@ use ndarray_linalg::error::LinalgError;
 use ndarray_linalg::layout::{AllocatedArray, AllocatedArrayMut};
 use ndarray_linalg::{EighInto, JobSvd, QRInto, SVDDCInto, SVDInto, Scalar, UPLO};
 
-use super::{Algebra, Dense, Into, Real, Svd, by_triangle, failed, refuse_wide};
+use super::{
+    Algebra, Dense, Into, Real, Svd, anywhere, by_triangle, failed, in_lower_half, largest,
+    refuse_wide,
+};
 use crate::error::{Error, Result};
 
 const _: () = assert!(
@@ -55,7 +58,7 @@ impl<T: Real + Scalar<Real = T> + ndarray_linalg::Lapack> Dense<T> for Lapack {
 
     fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {
         refuse_wide(a.dim())?;
-        refuse_large(a.dim())?;
+        check(a, anywhere)?;
         if a.is_empty() {
             return Ok((Array2::zeros(a.dim()), Array2::zeros((0, 0))));
         }
@@ -66,7 +69,7 @@ impl<T: Real + Scalar<Real = T> + ndarray_linalg::Lapack> Dense<T> for Lapack {
 
     fn thin_svd(&self, a: ArrayView2<'_, T>) -> Result<Svd<T>> {
         let (rows, columns) = a.dim();
-        refuse_large(a.dim())?;
+        check(a, anywhere)?;
         if a.is_empty() {
             return Ok(Svd {
                 u: Array2::zeros((rows, 0)),
@@ -82,7 +85,7 @@ impl<T: Real + Scalar<Real = T> + ndarray_linalg::Lapack> Dense<T> for Lapack {
     }
 
     fn eigh(&self, a: ArrayView2<'_, T>) -> Result<(Vec<T>, Array2<T>)> {
-        refuse_large(a.dim())?;
+        check(a, in_lower_half)?;
         if a.is_empty() {
             return Ok((Vec::new(), Array2::zeros((0, 0))));
         }
@@ -94,7 +97,7 @@ impl<T: Real + Scalar<Real = T> + ndarray_linalg::Lapack> Dense<T> for Lapack {
     }
 
     fn eigenvalues(&self, a: ArrayView2<'_, T>) -> Result<Vec<T>> {
-        refuse_large(a.dim())?;
+        check(a, in_lower_half)?;
         if a.is_empty() {
             return Ok(Vec::new());
         }
@@ -165,16 +168,17 @@ fn column_major<T: Real>(a: ArrayView2<'_, T>) -> Array2<T> {
     copy
 }
 
-/// Sizes are 32 bits wide in LAPACK and in its bindings, and `gesdd` asks for a workspace of at most `4k² + O(k)`.
-fn refuse_large((rows, columns): (usize, usize)) -> Result<()> {
+/// Sizes are 32 bits wide in LAPACK and in its bindings, and `gesdd` asks for a workspace of up to `4k² + O(k)`.
+fn check<T: Real>(a: ArrayView2<'_, T>, counts: fn((usize, usize)) -> bool) -> Result<()> {
+    let (rows, columns) = a.dim();
     let smaller = rows.min(columns);
     let workspace = smaller.saturating_mul(smaller).saturating_mul(5);
-    match rows.saturating_mul(columns).max(workspace) > i32::MAX as usize {
-        true => Err(failed(&format!(
+    if rows.saturating_mul(columns).max(workspace) > i32::MAX as usize {
+        return Err(failed(&format!(
             "a matrix of {rows} × {columns} is too large for LAPACK; faer takes it"
-        ))),
-        false => Ok(()),
+        )));
     }
+    largest(a, counts).map(drop)
 }
 
 fn told(what: &str, error: &LinalgError) -> Error {

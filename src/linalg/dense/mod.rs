@@ -54,7 +54,7 @@ impl Real for f64 {
     }
 }
 
-/// What factorisations need, for one type of numbers. Values must be finite.
+/// What factorisations need, for one type of numbers. They refuse numbers that are not finite; products do not.
 pub trait Dense<T: Real>: Sync {
     /// `c = a · b`, or `c += a · b`.
     fn multiply(
@@ -68,7 +68,7 @@ pub trait Dense<T: Real>: Sync {
     /// `a = q · r` of a matrix with at least as many rows as columns; q has orthonormal columns.
     ///
     /// # Errors
-    /// [`crate::Reason::Factorisation`].
+    /// [`crate::Reason::Factorisation`], also for a wide matrix.
     fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)>;
 
     /// `a = u · diag(s) · vᵀ` with as many columns of u and v as the smaller side has, s falling.
@@ -138,6 +138,30 @@ fn by_triangle<T: Real>(
     let mut u = Array2::zeros(q.dim());
     library.multiply(q.view(), turned.view(), u.view_mut(), Into::Place);
     Ok(Svd { u, s, v })
+}
+
+/// The largest magnitude among the entries that count. With one that is not finite some libraries iterate for hours,
+/// and some print.
+fn largest<T: Real>(a: ArrayView2<'_, T>, counts: fn((usize, usize)) -> bool) -> Result<f64> {
+    let mut largest = 0.0f64;
+    for (at, value) in a.indexed_iter().filter(|(at, _)| counts(*at)) {
+        let magnitude = value.widened().abs();
+        if !magnitude.is_finite() {
+            return Err(failed(&format!(
+                "a matrix that is to be factorised holds {value:?} at {at:?}"
+            )));
+        }
+        largest = largest.max(magnitude);
+    }
+    Ok(largest)
+}
+
+fn anywhere(_: (usize, usize)) -> bool {
+    true
+}
+
+fn in_lower_half((row, column): (usize, usize)) -> bool {
+    row >= column
 }
 
 fn refuse_wide((rows, columns): (usize, usize)) -> Result<()> {

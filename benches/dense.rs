@@ -1,0 +1,97 @@
+//! The libraries of dense linear algebra side by side, in rounds that take turns.
+//!
+//!     cargo bench --bench dense --features lapack-openblas-system
+//!
+//! What counts are ratios to the first library: medians of the ratios of single rounds.
+
+use std::time::Instant;
+
+use loratool::linalg::dense::{ALGEBRAS, Dense, Into, Real};
+use ndarray::Array2;
+
+const ROUNDS: usize = 9;
+
+/// What is measured.
+struct Case<T> {
+    what: &'static str,
+    run: fn(&dyn Dense<T>, &Array2<T>),
+    rows: usize,
+    columns: usize,
+}
+
+fn cases<T: Real>() -> Vec<Case<T>> {
+    vec![
+        Case {
+            what: "product, 4096 x 4096 x 48",
+            run: |library, a| {
+                let b = a.slice(ndarray::s![.., ..48]);
+                let mut c = Array2::zeros((a.nrows(), 48));
+                library.multiply(a.view(), b, c.view_mut(), Into::Place);
+            },
+            rows: 4096,
+            columns: 4096,
+        },
+        Case {
+            what: "thin QR, 4096 x 48",
+            run: |library, a| drop(library.thin_qr(a.view()).unwrap()),
+            rows: 4096,
+            columns: 48,
+        },
+        Case {
+            what: "thin SVD, 1024 x 1024",
+            run: |library, a| drop(library.thin_svd(a.view()).unwrap()),
+            rows: 1024,
+            columns: 1024,
+        },
+        Case {
+            what: "eigh, 512",
+            run: |library, a| drop(library.eigh(a.view()).unwrap()),
+            rows: 512,
+            columns: 512,
+        },
+    ]
+}
+
+fn measure<T: Real>(name: &str, libraries: &[(&str, &dyn Dense<T>)]) {
+    for case in cases::<T>() {
+        let mut state = 1u64;
+        let a = Array2::from_shape_simple_fn((case.rows, case.columns), || {
+            // The generator of Knuth's MMIX.
+            state = state.wrapping_mul(6_364_136_223_846_793_005);
+            state = state.wrapping_add(1_442_695_040_888_963_407);
+            T::rounded((state >> 11) as f64 / 2f64.powi(52) - 1.0)
+        });
+        let mut times = vec![Vec::new(); libraries.len()];
+        for _ in 0..ROUNDS {
+            for ((_, library), times) in libraries.iter().zip(&mut times) {
+                let start = Instant::now();
+                (case.run)(*library, &a);
+                times.push(start.elapsed().as_secs_f64());
+            }
+        }
+        for ((library, _), own) in libraries.iter().zip(&times) {
+            let ratios = own.iter().zip(&times[0]).map(|(own, first)| own / first);
+            println!(
+                "{name} {}: {library} {:.2} ms, {:.2} of {}",
+                case.what,
+                1e3 * median(own.clone()),
+                median(ratios.collect()),
+                libraries[0].0,
+            );
+        }
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    let single: Vec<(&str, &dyn Dense<f32>)> =
+        ALGEBRAS.iter().map(|a| (a.name(), *a as _)).collect();
+    measure("f32", &single);
+    let double: Vec<(&str, &dyn Dense<f64>)> =
+        ALGEBRAS.iter().map(|a| (a.name(), *a as _)).collect();
+    measure("f64", &double);
+}
