@@ -3,6 +3,10 @@
 //! Factorisations are the library's: `geqrf` and `orgqr`, `gesdd`, `syev`. Products are `matrixmultiply`'s, by way of
 //! `ndarray`, in blocks on rayon's threads: `ndarray/blas` would send them to the library, and with them the products
 //! of every other crate in the program.
+//!
+//! Bits do not depend on rayon's threads. OpenBLAS has threads of its own, one for every core or as many as
+//! `OPENBLAS_NUM_THREADS` says, and another number makes other bits. The variable is read when the program is loaded;
+//! from within nothing safe changes the number. `docs/design.md` has what was measured.
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, ShapeBuilder, s};

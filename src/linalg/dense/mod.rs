@@ -1,8 +1,9 @@
 //! Dense linear algebra: products, QR, singular values, eigenvalues; one library per file.
 //!
 //! [`ALGEBRAS`] is the only list, and one table of tests runs over it. Products use the threads of rayon's
-//! current pool and have the same bits with any number of them; factorisations use one thread, because those
-//! of all libraries depend on the number. Bits differ between libraries, and between machines.
+//! current pool and have the same bits with any number of them; factorisations use one thread of it, because those
+//! of all libraries depend on the number. A LAPACK may have threads beside rayon's: see `lapack.rs`. Bits differ
+//! between libraries, and between machines.
 
 use std::fmt::Debug;
 
