@@ -52,7 +52,7 @@ pub(super) struct Extract {
     /// Rank of layers whose path the pattern finds; the first match counts (repeatable)
     #[arg(long, value_name = "REGEX=R")]
     rank_for: Vec<String>,
-    /// The format to write [default: peft, or diffusers for image models]
+    /// The format to write [default: peft, or kohya for image models]
     #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
     to: Option<String>,
     /// Numerator of the scale, which the factors then make up for [default: the rank]

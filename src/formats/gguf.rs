@@ -9,7 +9,7 @@ use super::draft::{Draft, Writer, Written, common, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
-use crate::adapter::{Adapter, Scale};
+use crate::adapter::{Adapter, Layer, Scale};
 use crate::containers::Entry;
 use crate::containers::gguf::{self, Value};
 use crate::error::{Error, Reason, Result};
@@ -128,6 +128,11 @@ impl Writer for Gguf {
                     &*named.module.path,
                     "anything but two factors of a linear layer",
                 );
+                continue;
+            }
+            if named.module.layer == Layer::Embedding && named.path != EMBEDDING {
+                let text = "LoRA on an embedding other than that of the tokens";
+                written.lose(&*named.module.path, text);
                 continue;
             }
             modules.push((named, factors));

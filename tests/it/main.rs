@@ -14,6 +14,7 @@ mod convert_names;
 mod convert_values;
 mod definition;
 mod dense;
+mod extract;
 mod families;
 mod flux;
 mod fuzz;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use loratool::Result;
-use loratool::linalg::dense::{ALGEBRAS, Algebra, Dense as _};
+use loratool::linalg::dense::{ALGEBRAS, Algebra};
 use loratool::linalg::random::Random;
 use loratool::linalg::truncated::{Blocks, Proof, Rank, Settings, Truncation, truncated};
 use ndarray::{Array2, s};

@@ -49,7 +49,7 @@ pub struct Options {
     pub max_rank: usize,
     /// Other ranks for layers whose path a regular expression finds; the first match counts.
     pub rank_for: Vec<(String, usize)>,
-    /// The short name of the format; PEFT's if absent, diffusers' for image models.
+    /// The short name of the format; PEFT's if absent, kohya's for image models.
     pub to: Option<String>,
     /// The numerator of the scale; the rank if absent, so that the scale is 1.
     pub alpha: Option<f64>,
@@ -216,7 +216,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         .to
         .as_deref()
         .unwrap_or_else(|| match is_denoiser(&pairs) {
-            true => "diffusers",
+            true => "kohya",
             false => "peft",
         });
     let target = format(to)?;

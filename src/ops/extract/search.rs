@@ -21,10 +21,10 @@ use crate::ops::outgoing::{Outgoing, Wish, write};
 use crate::tensor::Float;
 
 /// Bytes of a header for each tensor, beside its name.
-const ENTRY: usize = 128;
+const ENTRY: usize = 105;
 
 /// Bytes of whatever else a file begins with.
-const START: u64 = 4096;
+const START: u64 = 256;
 
 /// Most times that ranks are chosen anew because a format takes more than its factors.
 const ATTEMPTS: usize = 4;
@@ -93,8 +93,11 @@ impl<'a> Search<'a> {
             self.advance(index);
         }
         let mut room = self.room(&sorted, budget);
+        let mut best = None;
+        let left_out = std::mem::take(&mut sorted.left_out);
         for _ in 0..ATTEMPTS {
             let ranks = spent(&candidates, room / plan.options.dtype.size() as u64);
+            sorted.left_out.clone_from(&left_out);
             let mut spool = Spool::new(folder)?;
             let mut found = Vec::new();
             self.done = self.total / 2;
@@ -109,16 +112,25 @@ impl<'a> Search<'a> {
                 self.advance(*index);
             }
             let (outgoing, report) = self.written(&sorted, found, start)?;
-            let bytes = outgoing.bytes()?;
-            let Some(over) = bytes.checked_sub(budget).filter(|over| *over > 0) else {
-                return Ok((outgoing, report));
-            };
-            room = room.saturating_sub(over);
-            sorted.left_out.clear();
+            let bytes = report.bytes;
+            // What stands around the factors is known now.
+            match budget.checked_sub(bytes) {
+                None => room = room.saturating_sub(bytes - budget),
+                Some(unused) => {
+                    best = Some((outgoing, report));
+                    if unused * 50 < budget {
+                        break;
+                    }
+                    room += unused;
+                }
+            }
         }
-        let text = budget.to_string();
-        let problem = "the format needs more than this for the rest of the difference".to_owned();
-        Err(Error::new(Reason::BadOption { text, problem }))
+        best.ok_or_else(|| {
+            let text = budget.to_string();
+            let problem =
+                "the format needs more than this for the rest of the difference".to_owned();
+            Error::new(Reason::BadOption { text, problem })
+        })
     }
 
     fn advance(&mut self, index: usize) {
@@ -322,7 +334,14 @@ impl<'a> Search<'a> {
             (&options.tuned, &options.output),
             options.prefix.as_deref(),
             options.allow_losses,
-        )?;
+        )
+        .map_err(|e| match chosen.is_empty() || !matches!(e.reason(), Reason::Losses { .. }) {
+            true => e,
+            false => e.with_hint(
+                "--norms skip, --biases skip and --embeddings skip leave them out, --allow-losses whatever the format \
+                 cannot say; --to kohya and --to comfyui have differences of whole tensors",
+            ),
+        })?;
         let mut notices = plan.notices.clone();
         let grown = chosen.iter().filter(|pair| pair.grown);
         notices.extend(grown.map(|pair| {
