@@ -199,6 +199,7 @@ reasons! {
     }
     Unsupported {
         Factorisation { problem: String } => "{problem}",
+        Drawing { problem: String } => "it cannot be drawn: {problem}",
         NoDirection { output: usize } => "output {output} is zero, so it has no direction that DoRA could scale",
         NotFitted { method: &'static str } => "{method} cannot be fitted to a change of weights",
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",

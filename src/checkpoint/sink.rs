@@ -211,6 +211,19 @@ impl Destination {
         self.parent.join(format!(".{name}.loratool-{end}"))
     }
 
+    /// Writes one small file, complete or not at all.
+    ///
+    /// # Errors
+    /// As [`Destination::begin`], and what writing gives.
+    pub fn write(self, bytes: &[u8]) -> Result<()> {
+        let name = self.name.clone();
+        let sink = self.begin()?;
+        let mut file = sink.create(&name)?;
+        file.write(bytes)?;
+        file.finish()?;
+        sink.publish()
+    }
+
     /// Locks the output, sweeps what dead runs left, and creates the hidden sibling.
     ///
     /// # Errors

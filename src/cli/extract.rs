@@ -1,6 +1,7 @@
 //! `loratool extract`
 
 use clap::{Args, ValueEnum};
+use loratool::checkpoint::sink::{Destination, Faults, Shape};
 use loratool::ops::extract::{
     Embeddings, FittedReport, Options, Proved, Ranks, Report, Whole, plan,
 };
@@ -8,6 +9,7 @@ use loratool::ops::merge::Control;
 use loratool::tensor::Float;
 use loratool::{Error, Reason};
 
+use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, progress_bar};
 use super::{LayerNames, Outcome, Path, cancel_flag, prefix, size, targets};
 
@@ -118,6 +120,9 @@ pub(super) struct Extract {
     /// Replace an existing output, in one step at the end
     #[arg(long)]
     force: bool,
+    /// Draw the singular values and what is left of each layer into an SVG file
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<Path>,
     /// Compute and report everything, and write no adapter
     #[arg(long, short = 'n')]
     dry_run: bool,
@@ -192,6 +197,11 @@ fn rank_for(text: &str) -> Result<(String, usize), Error> {
 impl Extract {
     pub(super) fn run(&self) -> Outcome {
         let plan = plan(&self.options()?)?;
+        let drawing = self
+            .plot
+            .as_deref()
+            .map(|path| self.drawing(path))
+            .transpose()?;
         let stderr = Stderr::new();
         let bar = progress_bar(self.quiet || self.json);
         let progress = |done: u64, total: u64| {
@@ -209,6 +219,9 @@ impl Extract {
         };
         bar.finish_and_clear();
         let report = result.inspect_err(|_| stderr.notices(plan.notices()))?;
+        if let Some(drawing) = drawing {
+            drawing.write(plot::spectra(&report)?.as_bytes())?;
+        }
         stderr.notices(&report.notices);
         if self.json {
             render::json(&report);
@@ -216,6 +229,18 @@ impl Extract {
             print(&report);
         }
         Ok(0)
+    }
+
+    /// Where the drawing goes: no input, and not the output.
+    fn drawing(&self, path: &std::path::Path) -> Result<Destination, Error> {
+        if path == self.output {
+            return Err(Error::new(Reason::BadOption {
+                text: "--plot".to_owned(),
+                problem: "it is the output of the adapter".to_owned(),
+            }));
+        }
+        let inputs = [self.base.as_path(), self.tuned.as_path()];
+        Destination::check(path, Shape::File, self.force, inputs, Faults::default())
     }
 
     fn options(&self) -> Result<Options, Error> {

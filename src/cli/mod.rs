@@ -19,6 +19,7 @@ mod extract;
 mod inspect;
 mod manual;
 mod merge;
+mod plot;
 mod render;
 
 use render::Stderr;

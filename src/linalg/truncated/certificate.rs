@@ -1,6 +1,7 @@
 //! How far a truncation can be above the best possible one: `docs/certificate.md` has the derivation.
 
 use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::linalg::dense::{Dense, Into};
@@ -40,7 +41,10 @@ pub(super) struct Outside<'a> {
 }
 
 /// How often an interval is halved.
-const HALVINGS: usize = 3;
+const HALVINGS: usize = 2;
+
+/// Eigenvalues that are bounded at a time.
+const CHUNK: usize = 8;
 
 impl Outside<'_> {
     /// At most how many eigenvalues of A are above ν, where `‖C‖ ≤ c < ν`: those of `H + G/(ν − c)`.
@@ -72,42 +76,57 @@ impl Outside<'_> {
     /// nothing as soon as that is more than `allowed`. Bounds that are closer than `step` are not looked for.
     pub(super) fn gap(&self, c: f64, count: usize, allowed: f64, step: f64) -> Result<Option<f64>> {
         let step = step.min(self.norm);
+        let first = &self.ritz[..count];
+        let least: f64 = first.iter().map(|theta| (c - theta).max(0.0)).sum();
+        if least > allowed {
+            return Ok(None);
+        }
         let mut sum = 0.0;
-        for index in (0..count).rev() {
-            let theta = self.ritz[index];
-            // Weyl: the coupling moves no eigenvalue by more than its norm.
-            let (start, most) = (theta.max(c), self.norm);
-            let holds = |more: f64| -> Result<bool> {
-                let mut nu = start + more;
-                while self.ritz.contains(&nu) {
-                    nu = nu.next_up();
-                }
-                Ok(nu > c && self.above(nu, c)? <= index)
-            };
-            let (mut low, mut high) = (0.0, step);
-            while high < most && !holds(high)? {
-                (low, high) = (high, 4.0 * high);
-                if sum + start + low - theta > allowed {
-                    return Ok(None);
-                }
+        // The last ones have the widest gaps.
+        let indices: Vec<usize> = (0..count).rev().collect();
+        for some in indices.chunks(CHUNK) {
+            let gaps = some
+                .par_iter()
+                .map(|index| self.gap_of(*index, c, allowed, step));
+            for gap in gaps.collect::<Result<Vec<f64>>>()? {
+                sum += gap;
             }
-            if high >= most {
-                high = most;
-            }
-            if low > 0.0 {
-                for _ in 0..HALVINGS {
-                    let middle = (low + high) / 2.0;
-                    match holds(middle)? {
-                        true => high = middle,
-                        false => low = middle,
-                    }
-                }
-            }
-            sum += start + high - theta;
             if sum > allowed {
                 return Ok(None);
             }
         }
         Ok(Some(sum))
+    }
+
+    /// At most what an eigenvalue is above its Ritz value; at least `allowed` where it may be more.
+    fn gap_of(&self, index: usize, c: f64, allowed: f64, step: f64) -> Result<f64> {
+        let theta = self.ritz[index];
+        // Weyl: the coupling moves no eigenvalue by more than its norm.
+        let (start, most) = (theta.max(c), self.norm);
+        let holds = |more: f64| -> Result<bool> {
+            let mut nu = start + more;
+            while self.ritz.contains(&nu) {
+                nu = nu.next_up();
+            }
+            Ok(nu > c && self.above(nu, c)? <= index)
+        };
+        let (mut low, mut high) = (0.0, step);
+        while high < most && !holds(high)? {
+            (low, high) = (high, 4.0 * high);
+            if start + low - theta > allowed {
+                break;
+            }
+        }
+        high = high.min(most);
+        if low > 0.0 && start + low - theta <= allowed {
+            for _ in 0..HALVINGS {
+                let middle = (low + high) / 2.0;
+                match holds(middle)? {
+                    true => high = middle,
+                    false => low = middle,
+                }
+            }
+        }
+        Ok(start + high - theta)
     }
 }

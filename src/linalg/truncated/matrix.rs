@@ -121,29 +121,29 @@ impl<'a, T: Real> Matrix<'a, T> {
     }
 
     /// `x · Δᵀ` for vectors of as many elements as there are columns.
+    ///
+    /// faer is twice as fast where elements of different vectors lie side by side in the result.
     pub(super) fn to_rows(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
-        // As the product of the rows and vectors that lie side by side, which is the faster way to it.
-        let beside = x.t().as_standard_layout().into_owned();
-        let mut result = Array2::from_elem((self.rows(), x.nrows()), T::zero());
+        let mut beside = Array2::from_elem((self.rows(), x.nrows()), T::zero());
         self.by_blocks(|rows, block, _| {
-            let part = result.slice_mut(s![rows, ..]);
-            self.algebra
-                .multiply(block, beside.view(), part, Into::Place);
+            let part = beside.slice_mut(s![rows, ..]);
+            self.algebra.multiply(block, x.t(), part, Into::Place);
             Ok(())
         })?;
-        Ok(result.t().as_standard_layout().into_owned())
+        Ok(beside.t().as_standard_layout().into_owned())
     }
 
     /// `x · Δ` for vectors of as many elements as there are rows.
     pub(super) fn to_columns(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
-        let mut result = Array2::from_elem((x.nrows(), self.columns()), T::zero());
+        let x = x.t().as_standard_layout().into_owned();
+        let mut beside = Array2::from_elem((self.columns(), x.ncols()), T::zero());
         self.by_blocks(|rows, block, _| {
-            let part = x.slice(s![.., rows]);
+            let part = x.slice(s![rows, ..]);
             self.algebra
-                .multiply(part, block, result.view_mut(), Into::Sum);
+                .multiply(block.t(), part, beside.view_mut(), Into::Sum);
             Ok(())
         })?;
-        Ok(result)
+        Ok(beside.t().as_standard_layout().into_owned())
     }
 
     /// The matrix R of a QR decomposition, block by block (for a matrix that is at least as tall as wide).

@@ -393,17 +393,19 @@ impl<T: Real> Search<'_, T> {
             }
             let largest = lanczos.largest(wide)? * (1.0 + 1e-5);
             self.seen = Some((largest, length));
-            let short = certificate::shortfall(self.side, steps, failure);
-            if short < 1.0 {
-                self.best = self.best.min(largest / (1.0 - short));
+            let bound = |steps| match certificate::shortfall(self.side, steps, failure) {
+                short if short < 1.0 => largest / (1.0 - short),
+                _ => f64::INFINITY,
+            };
+            self.best = self.best.min(bound(steps));
+            let end = steps == certificate::MOST_STEPS;
+            // More steps find no smaller value, and cannot come closer to it than the last.
+            if !last && !end && good(excess(bound(certificate::MOST_STEPS))?).is_none() {
+                return Ok(None);
             }
             let found = excess(self.best)?;
-            if good(found).is_some() || last && steps == certificate::MOST_STEPS {
+            if good(found).is_some() || last && end {
                 return Ok(found);
-            }
-            // The norm is not less than what was found in it.
-            if !last && good(excess(largest)?).is_none() {
-                return Ok(None);
             }
         }
         Ok(None)
