@@ -7,7 +7,8 @@
 use std::time::Instant;
 
 use loratool::linalg::dense::{ALGEBRAS, Dense, Into, Real};
-use ndarray::Array2;
+use loratool::linalg::random::Random;
+use ndarray::{Array2, s};
 
 const ROUNDS: usize = 9;
 
@@ -24,7 +25,7 @@ fn cases<T: Real>() -> Vec<Case<T>> {
         Case {
             what: "product, 4096 x 4096 x 48",
             run: |library, a| {
-                let b = a.slice(ndarray::s![.., ..48]);
+                let b = a.slice(s![.., ..48]);
                 let mut c = Array2::zeros((a.nrows(), 48));
                 library.multiply(a.view(), b, c.view_mut(), Into::Place);
             },
@@ -54,13 +55,9 @@ fn cases<T: Real>() -> Vec<Case<T>> {
 
 fn measure<T: Real>(name: &str, libraries: &[(&str, &dyn Dense<T>)]) {
     for case in cases::<T>() {
-        let mut state = 1u64;
-        let a = Array2::from_shape_simple_fn((case.rows, case.columns), || {
-            // The generator of Knuth's MMIX.
-            state = state.wrapping_mul(6_364_136_223_846_793_005);
-            state = state.wrapping_add(1_442_695_040_888_963_407);
-            T::rounded((state >> 11) as f64 / 2f64.powi(52) - 1.0)
-        });
+        let normals = Random::new(1).normals(case.rows * case.columns);
+        let a = Array2::from_shape_vec((case.rows, case.columns), normals).unwrap();
+        let a = a.mapv(T::rounded);
         let mut times = vec![Vec::new(); libraries.len()];
         for _ in 0..ROUNDS {
             for ((_, library), times) in libraries.iter().zip(&mut times) {

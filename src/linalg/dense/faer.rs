@@ -197,8 +197,8 @@ fn reflect<T: RealField>(a: MatMut<'_, T>, mut triangle: MatMut<'_, T>, stack: &
     }
 }
 
-/// The entries that count, times a power of two that brings the largest near one: faer squares what it is given, and
-/// f32 ends at 1e-38.
+/// The entries that count, times a power of two that brings the largest near one: faer 0.24.4 compares some of what it
+/// computes with ε alone, where LAPACK scales first.
 fn scaled<T: Real + RealField>(
     a: ArrayView2<'_, T>,
     counts: fn((usize, usize)) -> bool,
