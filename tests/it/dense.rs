@@ -145,7 +145,10 @@ impl Layout {
         match self {
             Layout::Rows => memory,
             Layout::Columns => memory.reversed_axes(),
-            Layout::ColumnSlice => memory.slice_move(s![.., 2..-3]),
+            Layout::ColumnSlice => {
+                let end = memory.ncols() - 3;
+                memory.slice_move(s![.., 2..end])
+            }
             Layout::Strided => memory.slice_move(s![..;2, ..;3]),
             Layout::Reversed => memory.slice_move(s![..;-1, ..;-1]),
         }
