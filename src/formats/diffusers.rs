@@ -5,6 +5,8 @@
 //! of the pipeline. The scale is that of `lora_adapter_metadata` (PEFT's configuration by part), or of a
 //! tensor `alpha`, or 1.
 
+use serde_json::Value;
+
 use super::draft::{Draft, Named, Writer, Written, is_embedding};
 use super::peft::Told as Configuration;
 use super::peft::write::low_rank;
@@ -226,17 +228,43 @@ fn with_metadata(draft: &Draft<'_>, written: &mut Written) {
             ..*draft
         };
         let (_, mut config) = low_rank(&own, written, |path| format!("{part_name}{path}"));
+        if part_name.starts_with("text_encoder") {
+            in_any_transformers(&mut config);
+        }
         config.insert("peft_type".to_owned(), "LORA".into());
         config.insert("bias".to_owned(), "none".into());
         for (field, value) in config {
             all.insert(format!("{part_name}{field}"), value);
         }
     }
-    let text = serde_json::Value::Object(all).to_string();
+    let text = Value::Object(all).to_string();
     written.metadata = vec![
         ("format".to_owned(), "pt".to_owned()),
         (METADATA.to_owned(), text),
     ];
+}
+
+/// transformers 5.6 took `text_model.` out of its CLIP. diffusers takes it from the keys of tensors, but not from the
+/// configuration (`loaders/lora_base.py`, `_load_lora_into_text_encoder`); PEFT compares the ends of paths, so a path
+/// without it is found in both.
+fn in_any_transformers(config: &mut serde_json::Map<String, Value>) {
+    let short = |path: &str| path.strip_prefix("text_model.").unwrap_or(path).to_owned();
+    for value in config.values_mut() {
+        match value {
+            Value::Array(paths) => {
+                for path in paths {
+                    if let Some(path_in_both) = path.as_str().map(short) {
+                        *path = path_in_both.into();
+                    }
+                }
+            }
+            Value::Object(pattern) => {
+                let all = std::mem::take(pattern);
+                pattern.extend(all.into_iter().map(|(path, value)| (short(&path), value)));
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The spellings without a scale: all of it goes into the up factor.

@@ -106,6 +106,25 @@ fn the_first_of_two_text_encoders_has_its_number_in_kohya() {
 }
 
 #[test]
+fn the_configuration_in_a_file_of_diffusers_fits_text_encoders_of_every_transformers() {
+    let room = tempfile::tempdir().unwrap();
+    let adapter = kohya(room.path(), &[&format!("lora_te_{TEXT}")]);
+    converted(room.path(), to(adapter, "diffusers")).unwrap();
+    let file = room.path().join("out/pytorch_lora_weights.safetensors");
+    let bytes = std::fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let module = "encoder.layers.0.self_attn.q_proj";
+    // diffusers itself takes the name of the wrapper from keys where the model has none.
+    let key = format!("text_encoder.text_model.{module}.lora_A.weight");
+    assert!(header.get(&key).is_some(), "{header}");
+    let text = header["__metadata__"]["lora_adapter_metadata"].as_str();
+    let config: serde_json::Value = serde_json::from_str(text.unwrap()).unwrap();
+    let targets = &config["text_encoder.target_modules"];
+    assert_eq!(targets, &serde_json::json!([module]));
+}
+
+#[test]
 fn a_prefix_that_nothing_can_be_written_behind_is_refused() {
     for (target, prefix) in [("kohya", "_"), ("kohya", "a.b_"), ("peft", "lycoris_")] {
         let room = tempfile::tempdir().unwrap();
