@@ -102,6 +102,9 @@ class Pair:
             config = json.loads((path / "adapter_config.json").read_text())
             path = path / "adapter_model.safetensors"
         tensors = {key: value.double().numpy() for key, value in load_file(path).items()}
+        magnitude = re.compile(r"(?:base_model\.model\.)?(.*)\.lora_magnitude_vector(?:\.weight)?")
+        matches = [match for match in map(magnitude.fullmatch, tensors) if match]
+        self.magnitudes = {self.names[match[1]]: tensors[match[0]].ravel() for match in matches}
         found = {}
         for key, down in tensors.items():
             match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.(lora_A\.weight|lora_down\.weight|lora_embedding_A)", key)
@@ -203,6 +206,12 @@ class Setup(convert.Setup):
             wanted = wanted_elsewhere[name]
             if name in adapter:
                 wanted = before + pair.like(name, adapter[name])
+            if name in pair.magnitudes:  # DoRA
+                # Of an embedding PEFT takes the norms of what stands in one place of all vectors.
+                matrix = pair.matrix(name, wanted)
+                axis = 0 if re.search("embed_tokens|wte|wpe", name) else 1
+                factors = pair.magnitudes[name] / np.linalg.norm(matrix, axis=axis)
+                wanted = pair.like(name, matrix * np.expand_dims(factors, axis))
             if name in state:
                 found = relative(state[name], wanted) if wanted.any() or state[name].any() else 0.0
                 worst, where = max((worst, where), (found, name))
@@ -395,12 +404,18 @@ def peft(setup):
         if setup.selftest and pair.name not in ("llama", "lowrank", "llama512"):
             continue
         pair.load()
-        for extra in ((),) if setup.selftest else ((), ("--embeddings", "full"), ("--dtype", "bf16")):
+        choices = ((), ("--embeddings", "full"), ("--dtype", "bf16"), ("--method", "dora"))
+        for extra in choices[:1] if setup.selftest else choices:
 
             def compute():
                 output = setup.extract(pair, extra=extra)
                 state, missing = merged_by_peft(pair, output)
                 result, text = setup.merged(pair, state, pair.adapter(output), pair.after)
+                for module in () if setup.selftest else setup.report["modules"]:
+                    name = pair.names[module["path"]]
+                    left = np.linalg.norm(state[name] - pair.after[name]) / np.linalg.norm(pair.deltas[name])
+                    if abs(left - module["residual"]) > 1e-5:
+                        return "**says what is not**", f"{name}: says {module['residual']:.3e}, is {left:.3e}"
                 return result, text + ("; PEFT misses layers that the configuration names" if missing else "")
 
             setup.attempt("PEFT", pair, " ".join(("loads", *extra)), compute)
