@@ -7,7 +7,7 @@
 
 use serde_json::Value;
 
-use super::draft::{Draft, Named, Writer, Written, is_embedding};
+use super::draft::{Draft, Named, Writer, Written};
 use super::peft::Told as Configuration;
 use super::peft::write::low_rank;
 use super::pieces::{Piece, Pieces, Told, facts};
@@ -18,6 +18,7 @@ use crate::error::{Error, Reason, Result};
 use crate::json::{Object, parse_object};
 use crate::methods::{dora, lora};
 use crate::naming::families::Layout;
+use crate::naming::path::is_embedding;
 use crate::naming::path::without_wrappers;
 use crate::naming::{Spelling, component};
 use crate::notice::{Notice, NoticeKind};

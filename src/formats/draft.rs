@@ -9,9 +9,9 @@ use crate::containers::Header;
 use crate::containers::archive::Assemble;
 use crate::error::Result;
 use crate::methods::{dora, lora};
+use crate::naming::Attention;
 use crate::naming::component::Component;
 use crate::naming::families::Layout;
-use crate::naming::{Attention, path};
 use crate::notice::Notice;
 use crate::tensor::{DType, Float, Tensor, narrow, narrowed, widen};
 
@@ -459,35 +459,6 @@ fn defined(module: &Module, role: Role) -> Option<Tensor> {
         (Stored::Transposed, 2) => transposed(tensor),
         _ => tensor.clone(),
     })
-}
-
-/// What models call their `nn.Embedding`s. Layers of image models that are called `x_embedder` or
-/// `patch_embed` are linear.
-///
-/// Source: `huggingface/transformers` 5.23.0, `models/*/modeling_*.py`: names that are an `nn.Embedding` in several
-/// models and a linear layer in none.
-const EMBEDDINGS: &[&str] = &[
-    "embed_tokens",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-    "position_embedding",
-    "shared",
-    "token_embedding",
-    "wte",
-    "wpe",
-    "embed_positions",
-    "tok_embeddings",
-    "embed_in",
-    "embed_audio_tokens",
-    "embeddings",
-    "embedding",
-];
-
-/// Whether a path is that of an embedding, where the module does not say it: names alone tell, for the factors of a
-/// square weight do not.
-pub(crate) fn is_embedding(module: &str) -> bool {
-    EMBEDDINGS.contains(&path::leaf(module))
 }
 
 /// A matrix with its axes exchanged.

@@ -4,7 +4,7 @@
 //! and α is a number of the training script alone. `MergedLinear` keeps which parts of a fused layer it adapts
 //! in the script too. A model saved in evaluation mode has the product in its weight already.
 
-use super::draft::{Draft, Writer, Written, common, is_embedding, transposed};
+use super::draft::{Draft, Writer, Written, common, transposed};
 use super::pieces::{Piece, Pieces, Told, facts};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
@@ -93,7 +93,7 @@ impl Format for Loralib {
             Ok(Told {
                 alpha: Some(alpha),
                 // Its `Embedding` has the factors of the transposed weight.
-                embedding: is_embedding(path),
+                embedding: path::is_embedding(path),
                 ..Told::default()
             })
         })
@@ -136,7 +136,7 @@ impl Writer for Loralib {
         for (named, mut factors) in modules {
             let by = factors.scale.value / (alpha / factors.rank() as f64);
             written.fold(draft, named, &mut factors, by);
-            let turned = named.module.layer != Layer::Embedding && is_embedding(&named.path);
+            let turned = named.module.layer != Layer::Embedding && path::is_embedding(&named.path);
             let (down, up) = match turned {
                 true => (transposed(&factors.up), transposed(&factors.down)),
                 false => (factors.down, factors.up),

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::draft::{Draft, Writer, Written, common, is_embedding, reshaped, transposed, typed};
+use super::draft::{Draft, Writer, Written, common, reshaped, transposed, typed};
 use super::spellings::summarise;
 use super::{Format, Found, ReadOptions, Summary};
 use crate::adapter::{
@@ -20,6 +20,7 @@ use crate::error::{Error, Reason, Result};
 use crate::json::{Object, Value};
 use crate::methods::{dora, lora};
 use crate::naming::families::Layout;
+use crate::naming::path::is_embedding;
 use crate::notice::{Notice, NoticeKind};
 use crate::tensor::{DType, Float, Tensor};
 

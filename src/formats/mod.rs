@@ -32,7 +32,6 @@ mod torchtune;
 mod xlabs;
 mod yaml;
 
-pub(crate) use draft::is_embedding;
 pub use draft::{Draft, Loss, Named, Writer, Written};
 pub use simo::Order;
 pub use spellings::Summary;

@@ -54,3 +54,32 @@ pub fn kind(path: &str) -> String {
     };
     path.split('.').map(segment).collect::<Vec<_>>().join(".")
 }
+
+/// What models call their `nn.Embedding`s. Layers of image models that are called `x_embedder` or
+/// `patch_embed` are linear.
+///
+/// Source: `huggingface/transformers` 5.23.0, `models/*/modeling_*.py`: names that are an `nn.Embedding` in several
+/// models and a linear layer in none.
+const EMBEDDINGS: &[&str] = &[
+    "embed_tokens",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "position_embedding",
+    "shared",
+    "token_embedding",
+    "wte",
+    "wpe",
+    "embed_positions",
+    "tok_embeddings",
+    "embed_in",
+    "embed_audio_tokens",
+    "embeddings",
+    "embedding",
+];
+
+/// Whether a path is that of an embedding, where the module does not say it: names alone tell, for the factors of a
+/// square weight do not.
+pub fn is_embedding(module: &str) -> bool {
+    EMBEDDINGS.contains(&leaf(module))
+}

@@ -15,6 +15,7 @@ mod convert_values;
 mod definition;
 mod dense;
 mod extract;
+mod extract_refusals;
 mod families;
 mod flux;
 mod fuzz;

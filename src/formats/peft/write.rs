@@ -11,10 +11,11 @@ use super::Peft;
 use crate::adapter::{Layer, Method, ReplacementKind};
 use crate::error::Result;
 use crate::formats::draft::{
-    Draft, LowRank, Named, Writer, Written, is_embedding, most_common, reshaped, transposed,
+    Draft, LowRank, Named, Writer, Written, most_common, reshaped, transposed,
 };
 use crate::methods::ia3;
 use crate::naming::families::Layout;
+use crate::naming::path::is_embedding;
 use crate::notice::{Notice, NoticeKind};
 
 impl Writer for Peft {

@@ -167,7 +167,7 @@ pub fn truncated(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncat
         found = approximated::<f64>(blocks, settings, settings.algebra)?;
     }
     match found {
-        Approximated::Found(found) => Ok(found),
+        Approximated::Found(found) => Ok(*found),
         Approximated::TooShort | Approximated::Hard => complete(blocks, settings),
     }
 }
@@ -175,7 +175,7 @@ pub fn truncated(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncat
 /// What came of a Krylov space.
 enum Approximated {
     /// A truncation.
-    Found(Truncation),
+    Found(Box<Truncation>),
     /// The numbers are too short for the residual.
     TooShort,
     /// All singular values are to be computed instead.
@@ -288,7 +288,11 @@ impl<T: Real> Search<'_, T> {
             if ritz.values.len() < rank + 4 && !full {
                 continue;
             }
-            let found = |proof| Ok(Approximated::Found(self.taken(&ritz, rank, reached, proof)));
+            let found = |proof| {
+                Ok(Approximated::Found(Box::new(
+                    self.taken(&ritz, rank, reached, proof),
+                )))
+            };
             if residual <= self.square * self.side as f64 * 4.0 * T::ROUNDOFF {
                 return found(Proof::Rounding);
             }
@@ -302,7 +306,11 @@ impl<T: Real> Search<'_, T> {
                 continue;
             };
             let excess = self.proved(&ritz, rank, tolerance, full)?;
-            let found = |proof| Ok(Approximated::Found(self.taken(&ritz, rank, reached, proof)));
+            let found = |proof| {
+                Ok(Approximated::Found(Box::new(
+                    self.taken(&ritz, rank, reached, proof),
+                )))
+            };
             match excess {
                 Some(excess) if excess <= tolerance => return found(Proof::Within(excess)),
                 _ if !full => {}

@@ -7,9 +7,8 @@ use crate::adapter::fit::Stored;
 use crate::adapter::{Geometry, Layer, Orientation, Part};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
-use crate::formats::is_embedding;
 use crate::linalg::truncated::Blocks;
-use crate::naming::{Resolution, Rows, component};
+use crate::naming::{Resolution, Rows, component, path};
 use crate::ops::merge::stores_inputs_first;
 use crate::ops::outgoing::Base;
 use crate::pattern::Choice;
@@ -245,7 +244,7 @@ fn described(base: &Base, own: &Tensor, trained: &Tensor) -> Pair {
     let of_layer = weight.is_some_and(|weight| weight.shape.len() > 1);
     let input = base.checkpoint.input_embedding();
     let embeds = own.shape.len() == 2
-        && (is_embedding(owner) || input.is_some_and(|input| input.name == own.name));
+        && (path::is_embedding(owner) || input.is_some_and(|input| input.name == own.name));
     let what = match (parameter, own.shape.len()) {
         ("weight", 2) if embeds => What::Embedding,
         ("weight", 2..) => What::Layer,
