@@ -148,11 +148,23 @@ fn tensors_without_a_counterpart_are_listed_and_a_flag_leaves_them_out() {
     }
 }
 
+/// Two whole numbers.
+fn numbers(last: i64) -> Stored {
+    Stored {
+        dtype: Dtype::I64,
+        shape: vec![2],
+        bytes: [7i64, last]
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
+    }
+}
+
 #[test]
 fn types_without_a_difference_are_listed() {
     let mut pair = Pair::new();
     for (side, bits) in [(&mut pair.base, 1), (&mut pair.tuned, 2)] {
-        side.push(("model.ids", Stored::of_bits(Dtype::I64, &[2], &[0, bits])));
+        side.push(("model.ids", numbers(bits)));
     }
     let error = pair.refused(&pair.options());
     assert!(
@@ -163,7 +175,7 @@ fn types_without_a_difference_are_listed() {
     // Equal ones are no difference.
     let mut pair = Pair::new();
     for side in [&mut pair.base, &mut pair.tuned] {
-        side.push(("model.ids", Stored::of_bits(Dtype::I64, &[2], &[0, 1])));
+        side.push(("model.ids", numbers(1)));
     }
     let report = pair.run(&pair.options(), &Control::default()).unwrap();
     assert_eq!(report.identical, 1);
@@ -209,7 +221,8 @@ fn broken_and_quantised_sides_are_refused() {
             std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
         }
     };
-    let damage: [(&str, Kind, fn(&Path)); 3] = [
+    type Damage = (&'static str, Kind, fn(&Path));
+    let damage: [Damage; 3] = [
         ("a missing shard", Kind::Malformed, |tuned| {
             std::fs::remove_file(shards(tuned).pop().unwrap()).unwrap();
         }),
@@ -264,6 +277,7 @@ fn outputs_that_are_inputs_or_there_already_are_refused() {
         output,
         force,
         to: Some("kohya".to_owned()),
+        prefix: Some("lycoris_".to_owned()),
         ..options.clone()
     };
     for path in ["base.safetensors", "tuned.safetensors"] {

@@ -321,7 +321,8 @@ pub(super) fn refuse_strangers(pairs: &[Pair], tuned: &Checkpoint) -> Result<()>
                 whole += a * a;
             }
         }
-        if whole > 0.0 {
+        // What is not finite is told when it is decomposed.
+        if whole > 0.0 && (difference / whole).is_finite() {
             ratios.push((difference / whole).sqrt());
         }
     }
