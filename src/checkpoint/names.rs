@@ -238,11 +238,25 @@ pub(super) fn both(folder: &Path, first: &Path, second: &Path) -> Error {
     Error::new(reason).in_file(folder)
 }
 
+/// What makes a folder one adapter: the files that formats write into one.
+const OF_ADAPTERS: &[&str] = &[
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter.safetensors",
+    "adapters.safetensors",
+    "adapters.npz",
+    "adapter.gguf",
+    "lora.pt",
+    "lora_weight.safetensors",
+    "pytorch_lora_weights.safetensors",
+];
+
 /// Whether a folder holds weights under the names of a result.
 pub(super) fn holds_a_result(folder: &Path) -> bool {
     let is_one = |name: &str| {
         name == super::PIPELINE
             || name == "model.gguf"
+            || OF_ADAPTERS.contains(&name)
             || Name::parse(name).is_some_and(|name| !name.torch)
     };
     entries(folder).is_ok_and(|entries| entries.iter().any(|(name, _)| is_one(name)))

@@ -306,6 +306,31 @@ fn outputs_that_are_inputs_or_there_already_are_refused() {
 }
 
 #[test]
+fn a_folder_that_is_an_adapter_is_replaced_where_that_is_asked_for() {
+    let pair = Pair::new();
+    let options = pair.options();
+    pair.run(&options, &Control::default()).unwrap();
+    assert_eq!(pair.refused(&options).kind(), Kind::Output);
+    let forced = Options {
+        force: true,
+        ranks: Ranks::Fixed(1),
+        ..options
+    };
+    assert_eq!(
+        pair.run(&forced, &Control::default()).unwrap().modules[0].rank,
+        1
+    );
+    let other = pair.path("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("notes.txt"), "mine").unwrap();
+    let forced = Options {
+        output: other,
+        ..forced
+    };
+    assert_eq!(pair.refused(&forced).kind(), Kind::Output);
+}
+
+#[test]
 fn options_that_mean_nothing_are_wrong_calls() {
     let pair = Pair::new();
     let options = pair.options();

@@ -178,7 +178,7 @@ pub struct Plan {
 }
 
 /// Bytes that the difference of one layer may take; a larger one is formed anew for every product.
-const MEMORY: usize = 256 << 20;
+const MEMORY: usize = 512 << 20;
 
 /// Opens both sides, pairs their tensors and checks everything that can be told without arithmetic.
 ///
