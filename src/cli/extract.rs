@@ -330,6 +330,9 @@ fn print(report: &Report) {
         fields.add(
             "proof",
             match total.excess {
+                Some(0.0) => {
+                    "the best possible at these ranks: all singular values were computed".to_owned()
+                }
                 Some(excess) => format!(
                     "at most {} above the best possible at these ranks",
                     percent(excess)
