@@ -103,36 +103,37 @@ fn residuals(layers: &[FittedReport], area: &Area<'_>) -> Result<(), Box<dyn std
         .margin(12)
         .x_label_area_size(if named { 150 } else { 36 })
         .y_label_area_size(64)
-        .build_cartesian_2d(0f64..count as f64, 0f64..1f64)?;
-    let name = |at: &f64| {
-        let path = layers
-            .get(*at as usize)
-            .map_or("", |layer| layer.path.as_str());
-        printable(path).into_owned()
+        .build_cartesian_2d((0..count - 1).into_segmented(), 0f64..1f64)?;
+    let label = |at: &SegmentValue<usize>| match at {
+        SegmentValue::CenterOf(index) | SegmentValue::Exact(index) if named => {
+            let path = layers.get(*index).map_or("", |layer| layer.path.as_str());
+            printable(path).into_owned()
+        }
+        SegmentValue::CenterOf(index) | SegmentValue::Exact(index) => index.to_string(),
+        SegmentValue::Last => String::new(),
     };
-    let number = |at: &f64| format!("{at:.0}");
-    let label: &dyn Fn(&f64) -> String = if named { &name } else { &number };
-    let style = ("sans-serif", 11).into_font().transform(if named {
-        FontTransform::Rotate90
-    } else {
-        FontTransform::None
+    let style = ("sans-serif", 11).into_font().transform(match named {
+        true => FontTransform::Rotate90,
+        false => FontTransform::None,
     });
     chart
         .configure_mesh()
         .disable_x_mesh()
         .x_labels(if named { count } else { 10 })
-        .x_label_formatter(&|at| label(at))
+        .x_label_formatter(&label)
         .x_label_style(style)
         .x_desc(if named { "" } else { "layer" })
         .y_desc("residual")
         .draw()?;
     chart.draw_series(layers.iter().enumerate().map(|(index, layer)| {
-        let (left, right) = (index as f64 + 0.15, index as f64 + 0.85);
+        let (left, right) = (SegmentValue::Exact(index), SegmentValue::Exact(index + 1));
         let color = Palette99::pick(index).mix(0.8);
-        Rectangle::new(
+        let mut bar = Rectangle::new(
             [(left, 0.0), (right, layer.residual.min(1.0))],
             color.filled(),
-        )
+        );
+        bar.set_margin(0, 0, 2, 2);
+        bar
     }))?;
     Ok(())
 }

@@ -7,6 +7,8 @@ mod bases_pipeline;
 mod bases_torch;
 #[cfg(feature = "cli")]
 mod cli;
+#[cfg(feature = "cli")]
+mod cli_extract;
 mod conversion_laws;
 mod conversions;
 mod convert;
