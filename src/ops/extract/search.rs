@@ -335,12 +335,15 @@ impl<'a> Search<'a> {
             options.prefix.as_deref(),
             options.allow_losses,
         )
-        .map_err(|e| match chosen.is_empty() || !matches!(e.reason(), Reason::Losses { .. }) {
-            true => e,
-            false => e.with_hint(
+        .map_err(|e| match e.reason() {
+            Reason::NothingSelected => {
+                e.with_hint("the two sides do not differ in what --only and --skip leave")
+            }
+            Reason::Losses { .. } if !chosen.is_empty() => e.with_hint(
                 "--norms skip, --biases skip and --embeddings skip leave them out, --allow-losses whatever the format \
                  cannot say; --to kohya and --to comfyui have differences of whole tensors",
             ),
+            _ => e,
         })?;
         let mut notices = plan.notices.clone();
         let grown = chosen.iter().filter(|pair| pair.grown);
