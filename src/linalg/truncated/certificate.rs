@@ -38,6 +38,8 @@ pub(super) struct Outside<'a> {
     pub(super) coupling: ArrayView2<'a, f64>,
     /// Its norm.
     pub(super) norm: f64,
+    /// A bound of the largest eigenvalue of A; infinite where none is known.
+    pub(super) cap: f64,
 }
 
 /// How often an interval is halved.
@@ -77,7 +79,10 @@ impl Outside<'_> {
     pub(super) fn gap(&self, c: f64, count: usize, allowed: f64, step: f64) -> Result<Option<f64>> {
         let step = step.min(self.norm);
         let first = &self.ritz[..count];
-        let least: f64 = first.iter().map(|theta| (c - theta).max(0.0)).sum();
+        let least: f64 = first
+            .iter()
+            .map(|theta| (c.min(self.cap) - theta).max(0.0))
+            .sum();
         if least > allowed {
             return Ok(None);
         }
@@ -101,6 +106,10 @@ impl Outside<'_> {
     /// At most what an eigenvalue is above its Ritz value; at least `allowed` where it may be more.
     fn gap_of(&self, index: usize, c: f64, allowed: f64, step: f64) -> Result<f64> {
         let theta = self.ritz[index];
+        // No eigenvalue is above the first.
+        if c >= self.cap {
+            return Ok((self.cap - theta).max(0.0));
+        }
         // Weyl: the coupling moves no eigenvalue by more than its norm.
         let (start, most) = (theta.max(c), self.norm);
         let holds = |more: f64| -> Result<bool> {
@@ -127,6 +136,6 @@ impl Outside<'_> {
                 }
             }
         }
-        Ok(start + high - theta)
+        Ok((start + high).min(self.cap.max(theta)) - theta)
     }
 }

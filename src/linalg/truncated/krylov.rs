@@ -76,6 +76,18 @@ impl<'a, T: Real> Krylov<'a, T> {
         Ok(krylov)
     }
 
+    /// The same matrix with no vector in the basis.
+    pub(super) fn without_basis(&self) -> Self {
+        let empty = |columns| Array2::from_elem((0, columns), T::zero());
+        Krylov {
+            basis: empty(self.size()),
+            images: empty(self.images.ncols()),
+            applied: empty(self.size()),
+            projected: Array2::zeros((0, 0)),
+            ..*self
+        }
+    }
+
     /// Length of the vectors.
     pub(super) fn size(&self) -> usize {
         self.basis.ncols()

@@ -237,6 +237,7 @@ fn approximated<T: Real>(
         krylov: Krylov::new(&matrix, algebra, settings.algebra, width, &mut random)?,
         random,
         best: f64::INFINITY,
+        cap: None,
         seen: None,
         tries: 0,
         single: T::ROUNDOFF > f64::ROUNDOFF,
@@ -260,6 +261,8 @@ struct Search<'a, T> {
     random: Random,
     /// The least bound so far of the norm outside the space, which only shrinks while the space grows.
     best: f64,
+    /// A bound of the largest eigenvalue, where it was looked for.
+    cap: Option<f64>,
     /// The largest value that Lanczos found outside, and how many vectors the space had then.
     seen: Option<(f64, usize)>,
     /// How often a bound was looked for.
@@ -341,6 +344,22 @@ impl<T: Real> Search<'_, T> {
         }
     }
 
+    /// An upper bound of the largest eigenvalue, by Lanczos without a space.
+    fn largest(&mut self) -> Result<f64> {
+        let steps = certificate::MOST_STEPS;
+        let failure = certificate::FAILURE / 2f64.powi(self.tries);
+        let whole = self.krylov.without_basis();
+        let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random);
+        for _ in 0..steps {
+            lanczos.step(&whole)?;
+        }
+        let largest = lanczos.largest(self.settings.algebra)? * (1.0 + 1e-5);
+        Ok(match certificate::shortfall(self.side, steps, failure) {
+            short if short < 1.0 => largest / (1.0 - short),
+            _ => f64::INFINITY,
+        })
+    }
+
     /// The excess that can be proved, where it is small enough (or there will be no better one).
     fn proved(
         &mut self,
@@ -355,17 +374,27 @@ impl<T: Real> Search<'_, T> {
         let (coupling, norm) = self.krylov.coupling(ritz)?;
         let wide: &dyn Dense<f64> = self.settings.algebra;
         let values = &ritz.values;
-        let outside = certificate::Outside {
-            algebra: wide,
-            ritz: values,
-            coupling: coupling.view(),
-            norm,
-        };
         let residual = self.square - kept;
         let of_rounding = |value: &f64| 8.0 * T::ROUNDOFF * (values[0] * value).sqrt();
         let rounding: f64 = values[..rank].iter().map(of_rounding).sum();
         // What the best residual may be smaller by.
         let allowed = residual * (1.0 - (1.0 + tolerance).powi(-2)) - rounding;
+        // Of a flat spectrum the first eigenvalue bounds the others well enough.
+        let flat = |first: f64| -> bool {
+            let gaps = values[..rank].iter().map(|value| first - value);
+            gaps.sum::<f64>() <= allowed
+        };
+        if self.cap.is_none() && flat(values[0] * (1.0 + FLAT)) {
+            self.tries += 1;
+            self.cap = Some(self.largest()?);
+        }
+        let outside = certificate::Outside {
+            algebra: wide,
+            ritz: values,
+            coupling: coupling.view(),
+            norm,
+            cap: self.cap.unwrap_or(f64::INFINITY),
+        };
         let excess = |c: f64| -> Result<Option<f64>> {
             if allowed <= 0.0 {
                 return Ok(None);
@@ -431,6 +460,9 @@ impl<T: Real> Search<'_, T> {
         Ok(None)
     }
 }
+
+/// How far the bound of the first eigenvalue is above its Ritz value.
+const FLAT: f64 = 0.02;
 
 /// Smaller sides of which all singular values are computed where nothing else proves enough.
 const WHOLE: usize = 1024;
