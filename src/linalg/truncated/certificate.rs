@@ -10,7 +10,12 @@ use crate::linalg::dense::{Dense, Into};
 pub(super) const RUNS: usize = 16;
 
 /// How often any statement about one matrix may be wrong, over our own random numbers.
-pub(super) const FAILURE: f64 = 1e-9;
+const FAILURE: f64 = 1e-9;
+
+/// How often what is looked at in one try may be wrong: tries halve what is left, and a try looks several times.
+pub(super) fn failure(tries: i32) -> f64 {
+    FAILURE / 2f64.powi(tries) / STEPS.len() as f64
+}
 
 /// Most steps of Lanczos.
 pub(super) const MOST_STEPS: usize = 28;
@@ -24,9 +29,18 @@ pub(super) const STEPS: &[usize] = &[5, 7, 10, 14, 20, MOST_STEPS];
 /// Source: Kuczyński and Woźniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
 /// random start", SIAM J. Matrix Anal. Appl. 13 (1992), theorem 4.1: one run misses with a probability of at most
 /// 1.648·√n·exp(−√ε·(2k − 1)).
-pub(super) fn shortfall(size: usize, steps: usize, failure: f64) -> f64 {
+fn shortfall(size: usize, steps: usize, failure: f64) -> f64 {
     let exponent = (1.648 * (size as f64).sqrt()).ln() - failure.ln() / RUNS as f64;
     (exponent / (2 * steps - 1) as f64).powi(2)
+}
+
+/// The bound of the norm that Lanczos gives where the largest Ritz value of all runs is `largest`; infinite where the
+/// steps are too few for any.
+pub(super) fn bound(largest: f64, size: usize, steps: usize, failure: f64) -> f64 {
+    match shortfall(size, steps, failure) {
+        short if short < 1.0 => largest / (1.0 - short),
+        _ => f64::INFINITY,
+    }
 }
 
 /// How the space and what is outside are coupled, in Ritz coordinates.
@@ -137,5 +151,73 @@ impl Outside<'_> {
             }
         }
         Ok((start + high).min(self.cap.max(theta)) - theta)
+    }
+}
+
+/// What is to be proved of one space.
+pub(super) struct Certificate<'a> {
+    pub(super) outside: Outside<'a>,
+    pub(super) rank: usize,
+    pub(super) tolerance: f64,
+    /// The squared residual.
+    pub(super) residual: f64,
+    /// What the rounding of products may have added to the Ritz values.
+    pub(super) rounding: f64,
+    /// Whether more than the tolerance is to be told as well.
+    pub(super) at_any_rate: bool,
+    /// The largest c that is known to be small enough, and the smallest that is known not to be.
+    pub(super) known: (f64, f64),
+}
+
+impl Certificate<'_> {
+    /// What the squared residual may be above the best one.
+    fn allowed(&self) -> f64 {
+        self.residual * (1.0 - (1.0 + self.tolerance).powi(-2)) - self.rounding
+    }
+
+    /// Whether a bound of the first eigenvalue would do for all: the spectrum is flat.
+    pub(super) fn is_flat(&self, first: f64, allowing: f64) -> bool {
+        let gaps = self.outside.ritz[..self.rank].iter();
+        gaps.map(|value| first - value).sum::<f64>() <= allowing * self.allowed()
+    }
+
+    /// The share that the residual is at most above the best one where `‖C‖ ≤ c`; nothing where that is not proved, or
+    /// above the tolerance and not asked for.
+    pub(super) fn excess(&self, c: f64) -> Result<Option<f64>> {
+        let allowed = self.allowed();
+        if allowed <= 0.0 {
+            return Ok(None);
+        }
+        let most = match self.at_any_rate {
+            true => self.residual - self.rounding,
+            false => allowed,
+        };
+        let step = allowed / self.rank as f64 / 8.0;
+        let gap = self.outside.gap(c, self.rank, most, step)?;
+        let least = gap.map(|gap| self.residual - gap - self.rounding);
+        let least = least.filter(|least| *least > 0.0);
+        Ok(least.map(|least| (self.residual / least).sqrt() - 1.0))
+    }
+
+    /// Whether `‖C‖ ≤ c` proves enough. The less is outside the more is proved, so what is known of some numbers tells
+    /// of others.
+    pub(super) fn is_enough(&mut self, c: f64) -> Result<bool> {
+        let (enough, too_much) = self.known;
+        if c > enough && c < too_much {
+            match self
+                .excess(c)?
+                .is_some_and(|excess| excess <= self.tolerance)
+            {
+                true => self.known.0 = c,
+                false => self.known.1 = c,
+            }
+        }
+        Ok(c <= self.known.0)
+    }
+
+    /// Takes a bound of the first eigenvalue; what was not enough before may be now.
+    pub(super) fn cap(&mut self, cap: f64) {
+        self.outside.cap = cap;
+        self.known.1 = f64::INFINITY;
     }
 }

@@ -52,7 +52,7 @@ impl<T: Real> Lanczos<T> {
         Ok(())
     }
 
-    /// The largest Ritz value of all runs so far.
+    /// The largest Ritz value of all runs so far, and a little more for the rounding of f32.
     pub(super) fn largest(&self, wide: &dyn Dense<f64>) -> Result<f64> {
         let size = self.diagonal.len();
         let mut largest = 0.0f64;
@@ -65,7 +65,7 @@ impl<T: Real> Lanczos<T> {
             let values = wide.eigenvalues(tridiagonal.view())?;
             largest = largest.max(values.first().copied().unwrap_or(0.0));
         }
-        Ok(largest)
+        Ok(largest * (1.0 + 1e-5))
     }
 }
 

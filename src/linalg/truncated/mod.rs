@@ -4,8 +4,6 @@
 //! Eckart and Young, 1936: of all matrices of rank r the sum of the first r singular triplets is nearest, and leaves
 //! `F − Σλᵢ` of the squared norm F, where λᵢ are the squared singular values.
 
-use std::cell::Cell;
-
 use ndarray::Array2;
 
 use super::dense::{Algebra, Dense, Real};
@@ -17,6 +15,7 @@ mod krylov;
 mod lanczos;
 mod matrix;
 
+use certificate::{Certificate, MOST_STEPS, Outside};
 use krylov::{Krylov, Ritz};
 use lanczos::Lanczos;
 use matrix::Matrix;
@@ -291,40 +290,31 @@ impl<T: Real> Search<'_, T> {
             if ritz.values.len() < rank + 4 && !full {
                 continue;
             }
-            let found = |proof| {
-                Ok(Approximated::Found(Box::new(
-                    self.taken(&ritz, rank, reached, proof),
-                )))
-            };
+            let found = |search: &Self, proof| Ok(search.taken(&ritz, rank, reached, proof));
             if residual <= self.square * self.side as f64 * 4.0 * T::ROUNDOFF {
-                return found(Proof::Rounding);
+                return found(self, Proof::Rounding);
             }
             let Some(tolerance) = self.settings.tolerance else {
                 // Ritz values that no longer move.
                 let moved = before.is_none_or(|before| kept - before > 1e-2 * residual);
                 before = Some(kept);
                 if !moved || full {
-                    return found(Proof::None);
+                    return found(self, Proof::None);
                 }
                 continue;
             };
             let excess = self.proved(&ritz, rank, tolerance, full)?;
-            let found = |proof| {
-                Ok(Approximated::Found(Box::new(
-                    self.taken(&ritz, rank, reached, proof),
-                )))
-            };
             match excess {
-                Some(excess) if excess <= tolerance => return found(Proof::Within(excess)),
+                Some(excess) if excess <= tolerance => return found(self, Proof::Within(excess)),
                 _ if !full => {}
                 _ if self.side <= WHOLE => return Ok(Approximated::Hard),
-                Some(excess) => return found(Proof::Within(excess)),
-                None => return found(Proof::None),
+                Some(excess) => return found(self, Proof::Within(excess)),
+                None => return found(self, Proof::None),
             }
         }
     }
 
-    fn taken(&self, ritz: &Ritz, rank: usize, reached: bool, proof: Proof) -> Truncation {
+    fn taken(&self, ritz: &Ritz, rank: usize, reached: bool, proof: Proof) -> Approximated {
         // Directions of zeros say nothing.
         let floor = ritz.values.first().copied().unwrap_or(0.0) * T::ROUNDOFF * T::ROUNDOFF;
         let some = ritz
@@ -333,7 +323,7 @@ impl<T: Real> Search<'_, T> {
             .take(rank)
             .take_while(|value| **value > floor);
         let (left, values, right) = self.krylov.triplets(ritz, some.count());
-        Truncation {
+        Approximated::Found(Box::new(Truncation {
             left,
             right,
             values,
@@ -341,23 +331,7 @@ impl<T: Real> Search<'_, T> {
             square: self.square,
             reached,
             proof,
-        }
-    }
-
-    /// An upper bound of the largest eigenvalue, by Lanczos without a space.
-    fn largest(&mut self) -> Result<f64> {
-        let steps = certificate::MOST_STEPS;
-        let failure = certificate::FAILURE / 2f64.powi(self.tries);
-        let whole = self.krylov.without_basis();
-        let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random);
-        for _ in 0..steps {
-            lanczos.step(&whole)?;
-        }
-        let largest = lanczos.largest(self.settings.algebra)? * (1.0 + 1e-5);
-        Ok(match certificate::shortfall(self.side, steps, failure) {
-            short if short < 1.0 => largest / (1.0 - short),
-            _ => f64::INFINITY,
-        })
+        }))
     }
 
     /// The excess that can be proved, where it is small enough (or there will be no better one).
@@ -368,72 +342,73 @@ impl<T: Real> Search<'_, T> {
         tolerance: f64,
         last: bool,
     ) -> Result<Option<f64>> {
-        let kept: f64 = ritz.values[..rank].iter().sum();
-        let outside = self.square - ritz.values.iter().sum::<f64>();
+        let values = &ritz.values;
+        let kept: f64 = values[..rank].iter().sum();
+        let outside = self.square - values.iter().sum::<f64>();
         self.best = self.best.min(outside.max(0.0) * (1.0 + 1e-6));
         let (coupling, norm) = self.krylov.coupling(ritz)?;
-        let wide: &dyn Dense<f64> = self.settings.algebra;
-        let values = &ritz.values;
-        let residual = self.square - kept;
         let of_rounding = |value: &f64| 8.0 * T::ROUNDOFF * (values[0] * value).sqrt();
-        let rounding: f64 = values[..rank].iter().map(of_rounding).sum();
-        // What the best residual may be smaller by.
-        let allowed = residual * (1.0 - (1.0 + tolerance).powi(-2)) - rounding;
-        // Of a flat spectrum the first eigenvalue bounds the others well enough.
-        let flat = |first: f64| -> bool {
-            let gaps = values[..rank].iter().map(|value| first - value);
-            gaps.sum::<f64>() <= allowed
+        let mut certificate = Certificate {
+            outside: Outside {
+                algebra: self.settings.algebra,
+                ritz: values,
+                coupling: coupling.view(),
+                norm,
+                cap: self.cap.unwrap_or(f64::INFINITY),
+            },
+            rank,
+            tolerance,
+            residual: self.square - kept,
+            rounding: values[..rank].iter().map(of_rounding).sum(),
+            at_any_rate: last,
+            known: (0.0, f64::INFINITY),
         };
-        if self.cap.is_none() && flat(values[0] * (1.0 + FLAT)) {
-            self.tries += 1;
-            self.cap = Some(self.largest()?);
+        let mut enough = certificate.is_enough(self.best)?;
+        if !enough && self.cap.is_none() && certificate.is_flat(values[0] * (1.0 + FLAT), 1.0) {
+            let cap = self.first()?;
+            self.cap = Some(cap);
+            certificate.cap(cap);
+            enough = certificate.is_enough(self.best)?;
         }
-        let outside = certificate::Outside {
-            algebra: wide,
-            ritz: values,
-            coupling: coupling.view(),
-            norm,
-            cap: self.cap.unwrap_or(f64::INFINITY),
-        };
-        let excess = |c: f64| -> Result<Option<f64>> {
-            if allowed <= 0.0 {
-                return Ok(None);
-            }
-            let step = allowed / rank as f64 / 8.0;
-            let most = if last { residual - rounding } else { allowed };
-            let gap = outside.gap(c, rank, most, step)?;
-            let least = gap
-                .map(|gap| residual - gap - rounding)
-                .filter(|least| *least > 0.0);
-            Ok(least.map(|least| (residual / least).sqrt() - 1.0))
-        };
-        let good = |found: Option<f64>| found.filter(|found| *found <= tolerance);
-        // Less outside proves more: what is known of some numbers tells of others.
-        let (enough, too_much) = (Cell::new(0.0f64), Cell::new(f64::INFINITY));
-        let would_do = |c: f64| -> Result<bool> {
-            if c > enough.get() && c < too_much.get() {
-                match good(excess(c)?) {
-                    Some(_) => enough.set(c),
-                    None => too_much.set(c),
-                }
-            }
-            Ok(c <= enough.get())
-        };
-        if would_do(self.best)? {
-            return excess(self.best);
+        // A bound of the first eigenvalue may do soon.
+        let early = self.krylov.len() < 8 * (rank + OVERSAMPLING);
+        let waits = !last && early && self.cap.is_none() && certificate.is_flat(values[0], 4.0);
+        if !enough && !waits {
+            enough = self.look_outside(&mut certificate, last)?;
         }
-        // Whether it can be proved if the norm outside is as small as it may be by now.
-        let length = self.krylov.len();
+        match enough || last {
+            true => certificate.excess(self.best),
+            false => Ok(None),
+        }
+    }
+
+    /// An upper bound of the first eigenvalue, by Lanczos without a space.
+    fn first(&mut self) -> Result<f64> {
+        self.tries += 1;
+        let whole = self.krylov.without_basis();
+        let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random);
+        for _ in 0..MOST_STEPS {
+            lanczos.step(&whole)?;
+        }
+        let largest = lanczos.largest(self.settings.algebra)?;
+        let failure = certificate::failure(self.tries);
+        Ok(certificate::bound(largest, self.side, MOST_STEPS, failure))
+    }
+
+    /// Bounds the norm outside the space, as far as that may help; whether it is small enough.
+    fn look_outside(&mut self, certificate: &mut Certificate<'_>, last: bool) -> Result<bool> {
+        let (values, length) = (certificate.outside.ritz, self.krylov.len());
+        // The norm, if it is as small as it may be by now.
         let hope = match self.seen {
-            Some((_, before)) if length * 4 < before * 5 && !last => return Ok(None),
+            Some((_, before)) if length * 4 < before * 5 && !last => return Ok(false),
             Some((seen, before)) => seen * (before as f64 / length as f64).powf(0.1),
             None => values[(length / 3).min(length - 1)],
         };
-        if !last && !would_do(hope.min(self.best))? {
-            return Ok(None);
+        if !last && !certificate.is_enough(hope.min(self.best))? {
+            return Ok(false);
         }
         self.tries += 1;
-        let failure = certificate::FAILURE / 2f64.powi(self.tries);
+        let failure = certificate::failure(self.tries);
         let mut lanczos = Lanczos::new(&self.krylov, certificate::RUNS, &mut self.random);
         let mut steps = 0;
         for goal in certificate::STEPS {
@@ -441,28 +416,26 @@ impl<T: Real> Search<'_, T> {
                 lanczos.step(&self.krylov)?;
                 steps += 1;
             }
-            let largest = lanczos.largest(wide)? * (1.0 + 1e-5);
+            let largest = lanczos.largest(self.settings.algebra)?;
             // Few steps find a few percent less than there is.
-            self.seen = Some((largest * (1.0 + 0.8 * (steps as f64).powf(-1.5)), length));
-            let bound = |steps| match certificate::shortfall(self.side, steps, failure) {
-                short if short < 1.0 => largest / (1.0 - short),
-                _ => f64::INFINITY,
-            };
+            let expected = largest * (1.0 + 0.8 * (steps as f64).powf(-1.5));
+            self.seen = Some((expected, length));
+            let bound = |steps| certificate::bound(largest, self.side, steps, failure);
             self.best = self.best.min(bound(steps));
-            if would_do(self.best)? || last && steps == certificate::MOST_STEPS {
-                return excess(self.best);
+            if certificate.is_enough(self.best)? {
+                return Ok(true);
             }
             // More steps find no smaller value, and cannot come closer to it than the last.
-            if !last && !would_do(bound(certificate::MOST_STEPS))? {
-                return Ok(None);
+            if !last && !certificate.is_enough(bound(MOST_STEPS))? {
+                return Ok(false);
             }
         }
-        Ok(None)
+        Ok(false)
     }
 }
 
 /// How far the bound of the first eigenvalue is above its Ritz value.
-const FLAT: f64 = 0.02;
+const FLAT: f64 = 0.013;
 
 /// Smaller sides of which all singular values are computed where nothing else proves enough.
 const WHOLE: usize = 1024;
