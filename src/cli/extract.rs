@@ -1,17 +1,18 @@
 //! `loratool extract`
 
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, ValueEnum};
 use loratool::checkpoint::sink::{Destination, Faults, Shape};
+use loratool::methods::METHODS;
 use loratool::ops::extract::{
     Embeddings, FittedReport, Options, Proved, Ranks, Report, Whole, plan,
 };
-use loratool::ops::merge::Control;
 use loratool::tensor::Float;
 use loratool::{Error, Reason};
 
 use super::plot;
-use super::render::{self, Fields, Stderr, bytes, folded, grouped, progress_bar};
-use super::{LayerNames, Outcome, Path, cancel_flag, prefix, size, targets};
+use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
+use super::{LayerNames, Outcome, Path, prefix, size, targets};
 
 /// Make an adapter from a base and what was tuned from it, with a proof of how good it is.
 ///
@@ -75,9 +76,9 @@ pub(super) struct Extract {
     /// What becomes of biases
     #[arg(long, value_enum, default_value_t = OfWhole::Full)]
     biases: OfWhole,
-    /// The method to fit: lora or dora
-    #[arg(long, value_name = "METHOD", default_value = "lora")]
-    method: String,
+    /// The method to fit [default: lora]
+    #[arg(long, value_name = "METHOD", ignore_case = true, value_parser = methods())]
+    method: Option<String>,
     /// Prove residuals to be at most this share above the best; `none` proves nothing
     #[arg(long, value_name = "SHARE", default_value = "1e-3", value_parser = tolerance)]
     tolerance: Tolerance,
@@ -168,6 +169,12 @@ enum OfFactors {
     Bf16,
 }
 
+/// The methods that can be fitted.
+fn methods() -> PossibleValuesParser {
+    let fitted = METHODS.iter().filter(|method| method.fits());
+    PossibleValuesParser::new(fitted.map(|method| PossibleValue::new(method.name().to_lowercase())))
+}
+
 /// A share, or nothing.
 #[derive(Clone, Copy, Debug)]
 struct Tolerance(Option<f64>);
@@ -203,21 +210,10 @@ impl Extract {
             .map(|path| self.drawing(path))
             .transpose()?;
         let stderr = Stderr::new();
-        let bar = progress_bar(self.quiet || self.json);
-        let progress = |done: u64, total: u64| {
-            bar.set_length(total);
-            bar.set_position(done);
-        };
-        let control = Control {
-            progress: Some(&progress),
-            cancel: cancel_flag(),
-            ..Control::default()
-        };
-        let result = match self.dry_run {
-            true => plan.measure(&control),
-            false => plan.run(&control),
-        };
-        bar.finish_and_clear();
+        let result = with_progress(self.quiet || self.json, |control| match self.dry_run {
+            true => plan.measure(control),
+            false => plan.run(control),
+        });
         let report = result.inspect_err(|_| stderr.notices(plan.notices()))?;
         if let Some(drawing) = drawing {
             drawing.write(plot::spectra(&report)?.as_bytes())?;

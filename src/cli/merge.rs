@@ -2,11 +2,11 @@
 
 use clap::{ArgMatches, Args};
 use loratool::checkpoint::Variant;
-use loratool::ops::merge::{Control, Options, Report, Selection, plan};
+use loratool::ops::merge::{Options, Report, Selection, plan};
 use loratool::{Error, Reason};
 
-use super::render::{self, Fields, Stderr, bytes, folded, grouped, progress_bar};
-use super::{Common, Outcome, Path, Type, cancel_flag, size};
+use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
+use super::{Common, Outcome, Path, Type, size};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -89,18 +89,7 @@ impl Merge {
             self.tell(&report);
             return Ok(0);
         }
-        let bar = progress_bar(self.quiet || self.common.json);
-        let progress = |done: u64, total: u64| {
-            bar.set_length(total);
-            bar.set_position(done);
-        };
-        let control = Control {
-            progress: Some(&progress),
-            cancel: cancel_flag(),
-            ..Control::default()
-        };
-        let result = plan.run(&control);
-        bar.finish_and_clear();
+        let result = with_progress(self.quiet || self.common.json, |control| plan.run(control));
         let report = result.inspect_err(|_| stderr.notices(&plan.report().notices))?;
         stderr.notices(&report.notices);
         self.tell(&report);

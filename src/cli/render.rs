@@ -8,7 +8,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loratool::formats::Loss;
 use loratool::naming::fold::fold;
 use loratool::notice::{Notice, NoticeKind};
+use loratool::ops::merge::Control;
 use loratool::{Error, printable, printable_json};
+
+use super::cancel_flag;
 
 /// Lines of a list that people get to see; JSON has all of them.
 const LINES: usize = 10;
@@ -200,8 +203,24 @@ pub(super) fn counts<K: std::fmt::Display>(counts: impl IntoIterator<Item = (K, 
     parts.join(", ")
 }
 
+/// Does long work that a signal stops, with a bar on a terminal.
+pub(super) fn with_progress<T>(unwanted: bool, work: impl FnOnce(&Control<'_>) -> T) -> T {
+    let bar = progress_bar(unwanted);
+    let progress = |done: u64, total: u64| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let done = work(&Control {
+        progress: Some(&progress),
+        cancel: cancel_flag(),
+        ..Control::default()
+    });
+    bar.finish_and_clear();
+    done
+}
+
 /// A bar on a terminal, hidden elsewhere and where it is not wanted.
-pub(super) fn progress_bar(unwanted: bool) -> ProgressBar {
+fn progress_bar(unwanted: bool) -> ProgressBar {
     let hidden = unwanted || !io::stderr().is_terminal();
     let target = match hidden {
         true => ProgressDrawTarget::hidden(),

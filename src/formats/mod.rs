@@ -63,6 +63,15 @@ pub trait Format: Sync {
     }
 }
 
+/// The format that tools for a kind of model read most: that of PEFT for language models, that of kohya for the layers
+/// of a denoiser, of which it says more than others do.
+pub fn customary(denoiser: bool) -> &'static dyn Format {
+    match denoiser {
+        true => &kohya::Kohya,
+        false => &peft::Peft,
+    }
+}
+
 /// Every format, in the order they are asked.
 pub static FORMATS: &[&dyn Format] = &[
     &torchtune::Torchtune,

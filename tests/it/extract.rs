@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use loratool::Kind;
 use loratool::checkpoint::Checkpoint;
 use loratool::ops::convert::targets;
-use loratool::ops::extract::{Embeddings, Options, Proved, Ranks, Report, Whole, plan};
+use loratool::ops::extract::{
+    Embeddings, FittedReport, Options, Proved, Ranks, Report, Whole, plan,
+};
 use loratool::ops::merge::Control;
 use loratool::tensor::Float;
 use serde_json::Value;
@@ -271,6 +273,29 @@ fn a_difference_of_low_rank_is_recovered_to_the_rounding_of_the_factors() {
     }
 }
 
+/// What a merge leaves of each difference is what the report states.
+fn leaves_what_is_stated<'a>(
+    what: &str,
+    modules: impl IntoIterator<Item = &'a FittedReport>,
+    (merged, pair): (&Path, &str),
+    within: f64,
+) {
+    let merged = Checkpoint::open(merged).unwrap();
+    let tuned = Checkpoint::open(side(pair, "tuned")).unwrap();
+    for module in modules {
+        let name = format!("{}.weight", module.path);
+        let found = merged.tensor(&name).unwrap().to_f64().unwrap();
+        let wanted = tuned.tensor(&name).unwrap().to_f64().unwrap();
+        let squares = found.iter().zip(&wanted).map(|(a, b)| (a - b) * (a - b));
+        let left = squares.sum::<f64>().sqrt() / module.norm;
+        assert!(
+            (left - module.residual).abs() <= within,
+            "{what} {name}: {left} {}",
+            module.residual
+        );
+    }
+}
+
 #[test]
 fn a_merged_extract_leaves_the_residual_that_the_report_states() {
     for (pair, method, dtype) in [
@@ -285,7 +310,7 @@ fn a_merged_extract_leaves_the_residual_that_the_report_states() {
         let out = folder.path().join("out");
         let report = run(&Options {
             ranks: Ranks::Fixed(4),
-            method: method.to_owned(),
+            method: Some(method.to_owned()),
             dtype,
             alpha: Some(3.0),
             ..options(pair, &out)
@@ -296,24 +321,8 @@ fn a_merged_extract_leaves_the_residual_that_the_report_states() {
             ..support::options(&side(pair, "base"), &out, &folder.path().join("merged"))
         };
         merge(&merging).unwrap_or_else(|e| panic!("{pair}: {e} {:?}", e.cases()));
-        let merged = Checkpoint::open(folder.path().join("merged")).unwrap();
-        let tuned = Checkpoint::open(side(pair, "tuned")).unwrap();
-        for module in &report.modules {
-            let name = format!("{}.weight", module.path);
-            let found = merged.tensor(&name).unwrap().to_f64().unwrap();
-            let wanted = tuned.tensor(&name).unwrap().to_f64().unwrap();
-            let left: f64 = found
-                .iter()
-                .zip(&wanted)
-                .map(|(a, b)| (a - b) * (a - b))
-                .sum();
-            let left = left.sqrt() / module.norm;
-            assert!(
-                (left - module.residual).abs() <= 1e-4,
-                "{pair} {method} {name}: {left} {}",
-                module.residual
-            );
-        }
+        let what = format!("{pair} {method}");
+        leaves_what_is_stated(&what, &report.modules, (&merging.output, pair), 1e-4);
     }
 }
 
@@ -324,7 +333,7 @@ fn dora_leaves_no_more_than_lora() {
         let of = |method: &str| {
             let report = measure(&Options {
                 ranks: Ranks::Fixed(2),
-                method: method.to_owned(),
+                method: Some(method.to_owned()),
                 skip: vec!["embed|wte|wpe".to_owned()],
                 ..options(pair, &folder.path().join("out"))
             });
@@ -398,25 +407,8 @@ fn every_format_says_the_same_or_lists_what_it_cannot() {
                 }
                 panic!("{pair} {}: {error} {:?}", target.id(), error.cases());
             }
-            let merged = Checkpoint::open(folder.path().join("merged")).unwrap();
-            let tuned = Checkpoint::open(side(pair, "tuned")).unwrap();
-            for module in kept {
-                let name = format!("{}.weight", module.path);
-                let found = merged.tensor(&name).unwrap().to_f64().unwrap();
-                let wanted = tuned.tensor(&name).unwrap().to_f64().unwrap();
-                let left: f64 = found
-                    .iter()
-                    .zip(&wanted)
-                    .map(|(a, b)| (a - b) * (a - b))
-                    .sum();
-                let left = left.sqrt() / module.norm;
-                assert!(
-                    (left - module.residual).abs() <= 1e-3,
-                    "{pair} {} {name}: {left} {}",
-                    target.id(),
-                    module.residual
-                );
-            }
+            let what = format!("{pair} {}", target.id());
+            leaves_what_is_stated(&what, kept, (&merging.output, pair), 1e-3);
         }
     }
     assert!(written > 25, "only {written} adapters were written");

@@ -401,7 +401,7 @@ fn options_that_mean_nothing_are_wrong_calls() {
         (
             "method",
             Options {
-                method: "ia3".to_owned(),
+                method: Some("ia3".to_owned()),
                 ..options.clone()
             },
         ),

@@ -524,21 +524,27 @@ PEERS = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def read_arguments(description, peers, own, selftest):
+    """The arguments that all comparisons take, and `own` ones by name with their help."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--loratool", type=Path, help="the program to test")
     parser.add_argument("--work", type=Path, required=True, help="a folder for what is written")
-    parser.add_argument("--peer", choices=PEERS, action="append", help="only this one (repeatable)")
-    parser.add_argument("--simo", type=Path, help="lora_diffusion/lora.py of cloneofsimo/lora, to be asked as well")
-    parser.add_argument("--selftest", action="store_true", help="only files that the peers wrote")
+    parser.add_argument("--peer", choices=peers, action="append", help="only this one (repeatable)")
+    for name, text in own.items():
+        parser.add_argument(name, type=Path, help=text)
+    parser.add_argument("--selftest", action="store_true", help=selftest)
     arguments = parser.parse_args()
     if not arguments.selftest and not arguments.loratool:
         parser.error("--loratool or --selftest")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    setup = Setup(arguments.loratool and arguments.loratool.resolve(), arguments.work.resolve(), arguments.selftest)
+    return arguments
+
+
+def ask(setup, peers, only):
+    """Asks the peers that are installed; their versions."""
     versions = []
-    for name in arguments.peer or PEERS:
-        check, packages = PEERS[name]
+    for name in only or peers:
+        check, packages = peers[name]
         if not importlib.util.find_spec(name):
             print(f"{name} is not installed here", file=sys.stderr)
             continue
@@ -546,15 +552,29 @@ def main():
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions.append(f"{package} {importlib.metadata.version(package)}")
         check(setup)
-    if arguments.simo and not arguments.selftest:
-        simo(setup, arguments.simo)
+    return versions
+
+
+def print_table(setup, versions, heads):
+    """Prints what was found; the results, and how many are bad."""
     versions = ", ".join(dict.fromkeys(versions))
     print(f"\n{versions or 'no peer'}; Python {sys.version.split()[0]}\n")
-    print("| peer | adapter | as | result | largest difference, or why |\n|---|---|---|---|---|")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in setup.rows:
         print("| " + " | ".join(row) + " |")
     results = [row[3] for row in setup.rows]
-    bad = sum(result.startswith("**") for result in results)
+    return results, sum(result.startswith("**") for result in results)
+
+
+def main():
+    own = {"--simo": "lora_diffusion/lora.py of cloneofsimo/lora, to be asked as well"}
+    arguments = read_arguments(__doc__, PEERS, own, "only files that the peers wrote")
+    setup = Setup(arguments.loratool and arguments.loratool.resolve(), arguments.work.resolve(), arguments.selftest)
+    versions = ask(setup, PEERS, arguments.peer)
+    if arguments.simo and not arguments.selftest:
+        simo(setup, arguments.simo)
+    heads = ("peer", "adapter", "as", "result", "largest difference, or why")
+    results, bad = print_table(setup, versions, heads)
     print(f"\n{results.count('agrees')} agree, {bad} do not, {results.count('refused')} are refused")
     return 1 if bad else 0 if "agrees" in results else 2
 

@@ -14,10 +14,8 @@ give the base plus BA, and the tuned tensor wherever there is no BA, so that not
 `--selftest` needs no loratool: the full SVD of numpy takes its place, and must pass; one rank less must not.
 Printed is a table in Markdown. Exit status: 0 nothing is worse, 1 something is, 2 nothing was judged.
 """
-import argparse
+
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -597,37 +595,15 @@ PEERS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loratool", type=Path, help="the program to test")
-    parser.add_argument("--work", type=Path, required=True, help="a folder for what is written")
-    parser.add_argument("--peer", choices=PEERS, action="append", help="only this one (repeatable)")
-    parser.add_argument("--sd-scripts", type=Path, help="a source tree of kohya-ss/sd-scripts, to be asked as well")
-    parser.add_argument("--selftest", action="store_true", help="the full SVD of numpy in place of loratool")
-    arguments = parser.parse_args()
-    if not arguments.selftest and not arguments.loratool:
-        parser.error("--loratool or --selftest")
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    own = {"--sd-scripts": "a source tree of kohya-ss/sd-scripts, to be asked as well"}
+    arguments = convert.read_arguments(__doc__, PEERS, own, "the full SVD of numpy in place of loratool")
     setup = Setup(arguments.loratool and arguments.loratool.resolve(), arguments.work.resolve(), arguments.selftest)
     logging.disable(logging.WARNING)
-    versions = []
-    for name in arguments.peer or PEERS:
-        check, packages = PEERS[name]
-        if not importlib.util.find_spec(name):
-            print(f"{name} is not installed here", file=sys.stderr)
-            continue
-        for package in packages:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions.append(f"{package} {importlib.metadata.version(package)}")
-        check(setup)
+    versions = convert.ask(setup, PEERS, arguments.peer)
     if arguments.sd_scripts:
         sd_scripts(setup, arguments.sd_scripts.resolve())
-    versions = ", ".join(dict.fromkeys(versions))
-    print(f"\n{versions or 'no peer'}; Python {sys.version.split()[0]}\n")
-    print("| peer | pair | as | result | residuals, largest difference, or why |\n|---|---|---|---|---|")
-    for row in setup.rows:
-        print("| " + " | ".join(row) + " |")
-    results = [row[3] for row in setup.rows]
-    bad = sum(result.startswith("**") for result in results)
+    heads = ("peer", "pair", "as", "result", "residuals, largest difference, or why")
+    results, bad = convert.print_table(setup, versions, heads)
     print(f"\n{results.count('agrees')} agree, {results.count('peer is worse')} peers are worse, {bad} do not agree, "
           f"{results.count('refused')} are refused")
     return 1 if bad else 0 if {"agrees", "peer is worse"} & set(results) else 2

@@ -10,7 +10,7 @@ use crate::adapter::{Adapter, Method};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
-use crate::formats::{Format, Loss};
+use crate::formats::{Format, Loss, customary};
 use crate::linalg::dense::{ALGEBRAS, Algebra};
 use crate::mapped::Input;
 use crate::methods::METHODS;
@@ -49,7 +49,7 @@ pub struct Options {
     pub max_rank: usize,
     /// Other ranks for layers whose path a regular expression finds; the first match counts.
     pub rank_for: Vec<(String, usize)>,
-    /// The short name of the format; PEFT's if absent, kohya's for image models.
+    /// The short name of the format; the one that is customary for the model if absent.
     pub to: Option<String>,
     /// The numerator of the scale; the rank if absent, so that the scale is 1.
     pub alpha: Option<f64>,
@@ -63,8 +63,8 @@ pub struct Options {
     pub norms: Whole,
     /// What becomes of biases.
     pub biases: Whole,
-    /// The method to fit, by its name.
-    pub method: String,
+    /// The method to fit, by its name; the first that can be fitted if absent.
+    pub method: Option<String>,
     /// Residuals are to be proved at most this share above the best; nothing is proved if absent.
     pub tolerance: Option<f64>,
     /// Computes all singular values.
@@ -111,7 +111,7 @@ impl Default for Options {
             embeddings: Embeddings::Fitted,
             norms: Whole::Full,
             biases: Whole::Full,
-            method: "lora".to_owned(),
+            method: None,
             tolerance: Some(1e-3),
             exact: false,
             dtype: Float::F32,
@@ -187,7 +187,7 @@ const MEMORY: usize = 512 << 20;
 /// options that contradict each other; an output that cannot be written.
 pub fn plan(options: &Options) -> Result<Plan> {
     checked(options)?;
-    let method = named(&options.method)?;
+    let method = named(options.method.as_deref())?;
     let algebra = algebra(options.algebra.as_deref())?;
     let rank_for = options.rank_for.iter();
     let rank_for = rank_for.map(|(pattern, rank)| Ok((Pattern::search(pattern)?, *rank)));
@@ -212,14 +212,10 @@ pub fn plan(options: &Options) -> Result<Plan> {
     if !options.allow_unrelated {
         pairs::refuse_strangers(&pairs, &tuned)?;
     }
-    let to = options
-        .to
-        .as_deref()
-        .unwrap_or_else(|| match is_denoiser(&pairs) {
-            true => "kohya",
-            false => "peft",
-        });
-    let target = format(to)?;
+    let target = match &options.to {
+        Some(to) => format(to)?,
+        None => customary(is_denoiser(&pairs)),
+    };
     let left_out = unmatched.iter().map(|case| {
         let (item, text) = case.split_once(": ").unwrap_or((case, ""));
         Loss {
@@ -289,18 +285,15 @@ fn checked(options: &Options) -> Result<()> {
     }
 }
 
-/// The method of a name.
-fn named(name: &str) -> Result<&'static dyn Method> {
-    let mut fitting = METHODS.iter().copied().filter(|method| method.fits());
-    let found = fitting.find(|method| method.name().eq_ignore_ascii_case(name));
-    found.ok_or_else(|| {
-        let all: Vec<&str> = METHODS
-            .iter()
-            .filter(|method| method.fits())
-            .map(|method| method.name())
-            .collect();
+/// The method of a name, or the first.
+fn named(name: Option<&str>) -> Result<&'static dyn Method> {
+    let fitting = || METHODS.iter().copied().filter(|method| method.fits());
+    let is_it =
+        |method: &&dyn Method| name.is_none_or(|name| method.name().eq_ignore_ascii_case(name));
+    fitting().find(is_it).ok_or_else(|| {
+        let all: Vec<&str> = fitting().map(Method::name).collect();
         Error::new(Reason::BadOption {
-            text: name.to_owned(),
+            text: name.unwrap_or_default().to_owned(),
             problem: format!("no method that can be fitted; there are {}", all.join(", ")),
         })
     })

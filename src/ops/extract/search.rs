@@ -14,9 +14,8 @@ use crate::error::{Error, Reason, Result};
 use crate::formats::Loss;
 use crate::json::Value;
 use crate::linalg::truncated::{Rank, Settings};
-use crate::naming::families::Layout;
 use crate::notice::{Notice, NoticeKind};
-use crate::ops::merge::{Control, attention};
+use crate::ops::merge::{Control, attention, layout};
 use crate::ops::outgoing::{Outgoing, Wish, write};
 use crate::tensor::Float;
 
@@ -42,6 +41,7 @@ struct Sorted {
 pub(super) struct Search<'a> {
     plan: &'a Plan,
     control: &'a Control<'a>,
+    start: Instant,
     check: Box<dyn Fn() -> Result<()> + Sync + 'a>,
     /// Bytes that were looked at, and all of them.
     done: u64,
@@ -62,6 +62,7 @@ impl<'a> Search<'a> {
         Search {
             plan,
             control,
+            start: Instant::now(),
             check: Box::new(|| control.check()),
             done: 0,
             total: passes * bytes.sum::<u64>(),
@@ -70,20 +71,25 @@ impl<'a> Search<'a> {
 
     /// Fits everything and lets the format say it.
     pub(super) fn run(mut self, folder: &Path) -> Result<(Outgoing, Report)> {
-        let start = Instant::now();
-        let plan = self.plan;
-        let Ranks::Budget(budget) = plan.options.ranks else {
-            let mut sorted = Sorted::default();
-            let mut spool = Spool::new(folder)?;
-            let mut found = Vec::new();
-            for index in 0..plan.pairs.len() {
-                if self.sort(index, &mut sorted)? {
-                    found.push(self.fit(index, None, &mut spool)?);
-                }
-                self.advance(index);
+        if let Ranks::Budget(budget) = self.plan.options.ranks {
+            return self.within(budget, folder);
+        }
+        let mut sorted = Sorted::default();
+        let mut spool = Spool::new(folder)?;
+        let mut found = Vec::new();
+        for index in 0..self.plan.pairs.len() {
+            if self.sort(index, &mut sorted)? {
+                let rank = self.rank(&self.plan.pairs[index])?;
+                found.push(self.fit(index, rank, &mut spool)?);
             }
-            return self.written(&sorted, found, start);
-        };
+            self.advance(index);
+        }
+        self.written(&sorted, found)
+    }
+
+    /// Spectra first, then factors of the ranks that a file of so many bytes holds.
+    fn within(mut self, budget: u64, folder: &Path) -> Result<(Outgoing, Report)> {
+        let plan = self.plan;
         let mut sorted = Sorted::default();
         let mut candidates = Vec::new();
         for index in 0..plan.pairs.len() {
@@ -103,7 +109,7 @@ impl<'a> Search<'a> {
             self.done = self.total / 2;
             for (index, rank) in sorted.fitted.iter().zip(&ranks) {
                 if *rank > 0 {
-                    found.push(self.fit(*index, Some(*rank), &mut spool)?);
+                    found.push(self.fit(*index, Rank::Fixed(*rank), &mut spool)?);
                 } else {
                     let item = plan.pairs[*index].base.name.clone();
                     let text = "the size leaves no rank for it".to_owned();
@@ -111,7 +117,7 @@ impl<'a> Search<'a> {
                 }
                 self.advance(*index);
             }
-            let (outgoing, report) = self.written(&sorted, found, start)?;
+            let (outgoing, report) = self.written(&sorted, found)?;
             let bytes = report.bytes;
             // What stands around the factors is known now.
             match budget.checked_sub(bytes) {
@@ -243,10 +249,9 @@ impl<'a> Search<'a> {
     }
 
     /// Fits a module and puts its factors away.
-    fn fit(&self, index: usize, rank: Option<usize>, spool: &mut Spool) -> Result<(Module, Fit)> {
+    fn fit(&self, index: usize, rank: Rank, spool: &mut Spool) -> Result<(Module, Fit)> {
         let (plan, options) = (self.plan, &self.plan.options);
         let pair = &plan.pairs[index];
-        let rank = rank.map_or_else(|| self.rank(pair), |rank| Ok(Rank::Fixed(rank)))?;
         let settings = self.settings(pair, rank, options.tolerance);
         let Measured {
             mut module,
@@ -272,31 +277,21 @@ impl<'a> Search<'a> {
         ))
     }
 
-    /// Lets the format say what was found.
-    fn written(
-        &self,
-        sorted: &Sorted,
-        found: Vec<(Module, Fit)>,
-        start: Instant,
-    ) -> Result<(Outgoing, Report)> {
+    /// Lets the format say what was found; with it, which tensors are values and which differences.
+    fn said(&self, modules: Vec<Module>, chosen: &[&Pair]) -> Result<(Outgoing, Vec<WholeReport>)> {
         let (plan, options) = (self.plan, &self.plan.options);
-        let (modules, fits): (Vec<Module>, Vec<Fit>) = found.into_iter().unzip();
         let checkpoint = &plan.base.checkpoint;
         let mut adapter = Adapter {
             modules,
             attention: attention(checkpoint),
-            layout: (checkpoint.writer().name() == "GGUF").then_some(Layout::Gguf),
+            layout: layout(checkpoint),
+            replacements: chosen.iter().map(|pair| whole::value(pair)).collect(),
             ..Adapter::default()
         };
         adapter.facts.base = checkpoint
             .configured("_name_or_path")
             .and_then(Value::as_str)
             .map(str::to_owned);
-        let chosen: Vec<&Pair> = sorted
-            .whole
-            .iter()
-            .map(|index| &plan.pairs[*index])
-            .collect();
         let wish = Wish {
             family: options.family.as_deref(),
             component: options.component.as_deref(),
@@ -304,7 +299,6 @@ impl<'a> Search<'a> {
             names: options.names,
             ..Wish::default()
         };
-        adapter.replacements = chosen.iter().map(|pair| whole::value(pair)).collect();
         let say = |adapter: &Adapter| write(adapter, &[], plan.target, Some(&plan.base), wish);
         let (mut written, _) = say(&adapter)?;
         // What the format cannot take as a value it may take as a difference.
@@ -313,21 +307,17 @@ impl<'a> Search<'a> {
             chosen.iter().partition(|pair| lost(&pair.name()));
         if !other.is_empty() {
             adapter.replacements = same.iter().map(|pair| whole::value(pair)).collect();
-            adapter
-                .modules
-                .extend(whole::differences(&other, options.dtype)?);
+            let differences = whole::differences(&other, options.dtype)?;
+            adapter.modules.extend(differences);
             (written, _) = say(&adapter)?;
         }
-        let of = |pairs: &[&Pair], form| -> Vec<WholeReport> {
-            let told = pairs.iter().map(|pair| WholeReport {
-                name: pair.name(),
-                what: pair.what,
-                form,
-            });
-            told.collect()
+        let told = |pair: &&Pair, form| WholeReport {
+            name: pair.name(),
+            what: pair.what,
+            form,
         };
-        let mut whole = of(&same, "value");
-        whole.extend(of(&other, "difference"));
+        let values = same.iter().map(|pair| told(pair, "value"));
+        let whole = values.chain(other.iter().map(|pair| told(pair, "difference")));
         let outgoing = Outgoing::new(
             written,
             plan.target,
@@ -341,10 +331,20 @@ impl<'a> Search<'a> {
             }
             Reason::Losses { .. } if !chosen.is_empty() => e.with_hint(
                 "--norms skip, --biases skip and --embeddings skip leave them out, --allow-losses whatever the format \
-                 cannot say; --to kohya and --to comfyui have differences of whole tensors",
+                 cannot say; some formats of image models have differences of whole tensors",
             ),
             _ => e,
         })?;
+        Ok((outgoing, whole.collect()))
+    }
+
+    /// Lets the format say what was found, and reports.
+    fn written(&self, sorted: &Sorted, found: Vec<(Module, Fit)>) -> Result<(Outgoing, Report)> {
+        let (plan, options) = (self.plan, &self.plan.options);
+        let (modules, fits): (Vec<Module>, Vec<Fit>) = found.into_iter().unzip();
+        let chosen = sorted.whole.iter().map(|index| &plan.pairs[*index]);
+        let chosen: Vec<&Pair> = chosen.collect();
+        let (outgoing, whole) = self.said(modules, &chosen)?;
         let mut notices = plan.notices.clone();
         let grown = chosen.iter().filter(|pair| pair.grown);
         notices.extend(grown.map(|pair| {
@@ -375,7 +375,7 @@ impl<'a> Search<'a> {
             alpha: outgoing.written.alpha,
             tensors: outgoing.written.tensors.len(),
             bytes: outgoing.bytes()?,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: self.start.elapsed().as_secs_f64(),
             notices,
         };
         Ok((outgoing, report))

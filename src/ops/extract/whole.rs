@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use super::pairs::{Pair, What};
+use crate::adapter::fit::{Difference, Stored};
 use crate::adapter::{Layer, Module, Replacement, ReplacementKind, Scale};
 use crate::error::Result;
+use crate::linalg::truncated::Blocks;
 use crate::methods::METHODS;
 use crate::naming::Spelling;
 use crate::tensor::{Float, Tensor, narrowed};
@@ -63,10 +65,13 @@ pub(super) fn differences(pairs: &[&Pair], dtype: Float) -> Result<Vec<Module>> 
 fn difference(pair: &Pair, dtype: Float) -> Tensor {
     let (base, tuned) = (pair.base.clone(), pair.tuned.clone());
     let made = move || {
-        let (old, mut values) = (base.to_f64()?, tuned.to_f64()?);
-        for (value, old) in values.iter_mut().zip(&old) {
-            *value -= old;
-        }
+        let sides = (Stored::new(&base)?, Stored::new(&tuned)?);
+        let mut values = vec![0.0; tuned.elements()];
+        let difference = Difference {
+            base: &sides.0,
+            tuned: &sides.1,
+        };
+        difference.fill(0..difference.rows(), &mut values)?;
         narrowed(dtype, &values).map_err(|e| e.in_file(tuned.input.path()).on(&*tuned.name))
     };
     pair.tuned

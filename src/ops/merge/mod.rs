@@ -22,7 +22,7 @@ mod replication;
 mod report;
 mod run;
 
-pub(crate) use place::{architecture, attention, stores_inputs_first};
+pub(crate) use place::{architecture, attention, layout, stores_inputs_first};
 pub(crate) use plan::holds_an_adapter;
 pub use plan::{Plan, PlannedModule, PlannedTensor};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};

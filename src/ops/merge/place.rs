@@ -6,6 +6,7 @@ use crate::adapter::{Extent, Geometry, Layer, Module, Orientation, Part};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Reason, Result};
 use crate::json::Value;
+use crate::naming::families::Layout;
 use crate::naming::{Attention, Place, Rows, families, path};
 
 /// A tensor seen as a matrix, and rows of it that a module owns.
@@ -96,6 +97,11 @@ pub(crate) fn architecture(base: &Checkpoint) -> Option<String> {
         let model_type = base.configured("model_type").and_then(Value::as_str)?;
         Some(families::architecture(model_type).to_owned())
     })
+}
+
+/// The layout of a base's names, where it is that of one tool.
+pub(crate) fn layout(base: &Checkpoint) -> Option<Layout> {
+    stated(base, "general.architecture").map(|_| Layout::Gguf)
 }
 
 /// What the metadata of a base's first file say.
