@@ -20,6 +20,9 @@ pub(super) fn failure(tries: i32) -> f64 {
 /// Most steps of Lanczos.
 pub(super) const MOST_STEPS: usize = 28;
 
+/// Most steps of Lanczos for a bound of the first eigenvalue.
+pub(super) const ENOUGH: usize = 40;
+
 /// After which steps of Lanczos the bound is looked at.
 pub(super) const STEPS: &[usize] = &[5, 7, 10, 14, 20, MOST_STEPS];
 
@@ -92,14 +95,6 @@ impl Outside<'_> {
     /// nothing as soon as that is more than `allowed`. Bounds that are closer than `step` are not looked for.
     pub(super) fn gap(&self, c: f64, count: usize, allowed: f64, step: f64) -> Result<Option<f64>> {
         let step = step.min(self.norm);
-        let first = &self.ritz[..count];
-        let least: f64 = first
-            .iter()
-            .map(|theta| (c.min(self.cap) - theta).max(0.0))
-            .sum();
-        if least > allowed {
-            return Ok(None);
-        }
         let mut sum = 0.0;
         // The last ones have the widest gaps.
         let indices: Vec<usize> = (0..count).rev().collect();
@@ -155,9 +150,9 @@ impl Outside<'_> {
 }
 
 /// What is to be proved of one space.
-pub(super) struct Certificate<'a> {
-    pub(super) outside: Outside<'a>,
-    pub(super) rank: usize,
+pub(super) struct Goal<'a> {
+    /// The Ritz values of the rank, falling.
+    pub(super) ritz: &'a [f64],
     pub(super) tolerance: f64,
     /// The squared residual.
     pub(super) residual: f64,
@@ -165,38 +160,53 @@ pub(super) struct Certificate<'a> {
     pub(super) rounding: f64,
     /// Whether more than the tolerance is to be told as well.
     pub(super) at_any_rate: bool,
-    /// The largest c that is known to be small enough, and the smallest that is known not to be.
-    pub(super) known: (f64, f64),
 }
 
-impl Certificate<'_> {
+impl Goal<'_> {
     /// What the squared residual may be above the best one.
-    fn allowed(&self) -> f64 {
+    pub(super) fn allowed(&self) -> f64 {
         self.residual * (1.0 - (1.0 + self.tolerance).powi(-2)) - self.rounding
     }
 
-    /// Whether a bound of the first eigenvalue would do for all: the spectrum is flat.
-    pub(super) fn is_flat(&self, first: f64, allowing: f64) -> bool {
-        let gaps = self.outside.ritz[..self.rank].iter();
-        gaps.map(|value| first - value).sum::<f64>() <= allowing * self.allowed()
+    /// How far all eigenvalues are above their Ritz values together, if each is at `c` or at its own.
+    pub(super) fn gaps(&self, c: f64) -> f64 {
+        self.ritz.iter().map(|theta| (c - theta).max(0.0)).sum()
+    }
+}
+
+/// A goal, and what is known of the space.
+pub(super) struct Certificate<'a> {
+    goal: Goal<'a>,
+    outside: Outside<'a>,
+    /// The largest c that is known to be small enough, and the smallest that is known not to be.
+    known: (f64, f64),
+}
+
+impl<'a> Certificate<'a> {
+    pub(super) fn new(goal: Goal<'a>, outside: Outside<'a>) -> Self {
+        Certificate {
+            goal,
+            outside,
+            known: (0.0, f64::INFINITY),
+        }
     }
 
     /// The share that the residual is at most above the best one where `‖C‖ ≤ c`; nothing where that is not proved, or
     /// above the tolerance and not asked for.
     pub(super) fn excess(&self, c: f64) -> Result<Option<f64>> {
-        let allowed = self.allowed();
-        if allowed <= 0.0 {
-            return Ok(None);
-        }
-        let most = match self.at_any_rate {
-            true => self.residual - self.rounding,
+        let (goal, allowed) = (&self.goal, self.goal.allowed());
+        let most = match goal.at_any_rate {
+            true => goal.residual - goal.rounding,
             false => allowed,
         };
-        let step = allowed / self.rank as f64 / 8.0;
-        let gap = self.outside.gap(c, self.rank, most, step)?;
-        let least = gap.map(|gap| self.residual - gap - self.rounding);
+        if allowed <= 0.0 || goal.gaps(c.min(self.outside.cap)) > most {
+            return Ok(None);
+        }
+        let (count, step) = (goal.ritz.len(), allowed / goal.ritz.len() as f64 / 8.0);
+        let gap = self.outside.gap(c, count, most, step)?;
+        let least = gap.map(|gap| goal.residual - gap - goal.rounding);
         let least = least.filter(|least| *least > 0.0);
-        Ok(least.map(|least| (self.residual / least).sqrt() - 1.0))
+        Ok(least.map(|least| (goal.residual / least).sqrt() - 1.0))
     }
 
     /// Whether `‖C‖ ≤ c` proves enough. The less is outside the more is proved, so what is known of some numbers tells
@@ -204,10 +214,8 @@ impl Certificate<'_> {
     pub(super) fn is_enough(&mut self, c: f64) -> Result<bool> {
         let (enough, too_much) = self.known;
         if c > enough && c < too_much {
-            match self
-                .excess(c)?
-                .is_some_and(|excess| excess <= self.tolerance)
-            {
+            let proves = |excess: f64| excess <= self.goal.tolerance;
+            match self.excess(c)?.is_some_and(proves) {
                 true => self.known.0 = c,
                 false => self.known.1 = c,
             }

@@ -15,7 +15,7 @@ mod krylov;
 mod lanczos;
 mod matrix;
 
-use certificate::{Certificate, MOST_STEPS, Outside};
+use certificate::{Certificate, Goal, MOST_STEPS, Outside};
 use krylov::{Krylov, Ritz};
 use lanczos::Lanczos;
 use matrix::Matrix;
@@ -346,35 +346,46 @@ impl<T: Real> Search<'_, T> {
         let kept: f64 = values[..rank].iter().sum();
         let outside = self.square - values.iter().sum::<f64>();
         self.best = self.best.min(outside.max(0.0) * (1.0 + 1e-6));
-        let (coupling, norm) = self.krylov.coupling(ritz)?;
         let of_rounding = |value: &f64| 8.0 * T::ROUNDOFF * (values[0] * value).sqrt();
-        let mut certificate = Certificate {
-            outside: Outside {
-                algebra: self.settings.algebra,
-                ritz: values,
-                coupling: coupling.view(),
-                norm,
-                cap: self.cap.unwrap_or(f64::INFINITY),
-            },
-            rank,
+        let goal = Goal {
+            ritz: &values[..rank],
             tolerance,
             residual: self.square - kept,
             rounding: values[..rank].iter().map(of_rounding).sum(),
             at_any_rate: last,
-            known: (0.0, f64::INFINITY),
         };
+        // Of a flat spectrum a bound of the first eigenvalue will do for all, perhaps soon.
+        let first = values[0] * (1.0 + FLAT);
+        let flat = self.cap.is_none() && goal.gaps(first) <= goal.allowed();
+        let early = self.krylov.len() < 8 * (rank + OVERSAMPLING);
+        let soon = early && self.cap.is_none() && goal.gaps(values[0]) <= 4.0 * goal.allowed();
+        let hope = match soon && !last {
+            true => None,
+            false => self.hope(values, last),
+        };
+        let least = self.best.min(hope.unwrap_or(f64::INFINITY));
+        let least = least.min(self.cap.unwrap_or(first));
+        if !last && goal.gaps(least) > goal.allowed() {
+            return Ok(None);
+        }
+        let (coupling, norm) = self.krylov.coupling(ritz)?;
+        let outside = Outside {
+            algebra: self.settings.algebra,
+            ritz: values,
+            coupling: coupling.view(),
+            norm,
+            cap: self.cap.unwrap_or(f64::INFINITY),
+        };
+        let mut certificate = Certificate::new(goal, outside);
         let mut enough = certificate.is_enough(self.best)?;
-        if !enough && self.cap.is_none() && certificate.is_flat(values[0] * (1.0 + FLAT), 1.0) {
+        if !enough && flat {
             let cap = self.first()?;
             self.cap = Some(cap);
             certificate.cap(cap);
             enough = certificate.is_enough(self.best)?;
         }
-        // A bound of the first eigenvalue may do soon.
-        let early = self.krylov.len() < 8 * (rank + OVERSAMPLING);
-        let waits = !last && early && self.cap.is_none() && certificate.is_flat(values[0], 4.0);
-        if !enough && !waits {
-            enough = self.look_outside(&mut certificate, last)?;
+        if let Some(hope) = hope.filter(|_| !enough) {
+            enough = self.look_outside(&mut certificate, hope, last)?;
         }
         match enough || last {
             true => certificate.excess(self.best),
@@ -382,28 +393,40 @@ impl<T: Real> Search<'_, T> {
         }
     }
 
-    /// An upper bound of the first eigenvalue, by Lanczos without a space.
+    /// The norm outside the space, if it is as small as it may be by now; nothing where it was looked for not long ago.
+    fn hope(&self, values: &[f64], last: bool) -> Option<f64> {
+        let length = values.len();
+        match self.seen {
+            Some((_, before)) if length * 4 < before * 5 && !last => None,
+            Some((seen, before)) => Some(seen * (before as f64 / length as f64).powf(0.1)),
+            None => values.get(length / 3).copied(),
+        }
+    }
+
+    /// An upper bound of the first eigenvalue, by Lanczos without a space: at most the share [`FLAT`] above it.
     fn first(&mut self) -> Result<f64> {
         self.tries += 1;
+        let failure = certificate::failure(self.tries);
+        let bound = |steps, largest| certificate::bound(largest, self.side, steps, failure);
+        let close = |steps: &usize| bound(*steps, 1.0) <= 1.0 + FLAT;
+        let steps = (1..certificate::ENOUGH)
+            .find(close)
+            .unwrap_or(certificate::ENOUGH);
         let whole = self.krylov.without_basis();
         let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random);
-        for _ in 0..MOST_STEPS {
+        for _ in 0..steps {
             lanczos.step(&whole)?;
         }
-        let largest = lanczos.largest(self.settings.algebra)?;
-        let failure = certificate::failure(self.tries);
-        Ok(certificate::bound(largest, self.side, MOST_STEPS, failure))
+        Ok(bound(steps, lanczos.largest(self.settings.algebra)?))
     }
 
     /// Bounds the norm outside the space, as far as that may help; whether it is small enough.
-    fn look_outside(&mut self, certificate: &mut Certificate<'_>, last: bool) -> Result<bool> {
-        let (values, length) = (certificate.outside.ritz, self.krylov.len());
-        // The norm, if it is as small as it may be by now.
-        let hope = match self.seen {
-            Some((_, before)) if length * 4 < before * 5 && !last => return Ok(false),
-            Some((seen, before)) => seen * (before as f64 / length as f64).powf(0.1),
-            None => values[(length / 3).min(length - 1)],
-        };
+    fn look_outside(
+        &mut self,
+        certificate: &mut Certificate<'_>,
+        hope: f64,
+        last: bool,
+    ) -> Result<bool> {
         if !last && !certificate.is_enough(hope.min(self.best))? {
             return Ok(false);
         }
@@ -419,7 +442,7 @@ impl<T: Real> Search<'_, T> {
             let largest = lanczos.largest(self.settings.algebra)?;
             // Few steps find a few percent less than there is.
             let expected = largest * (1.0 + 0.8 * (steps as f64).powf(-1.5));
-            self.seen = Some((expected, length));
+            self.seen = Some((expected, self.krylov.len()));
             let bound = |steps| certificate::bound(largest, self.side, steps, failure);
             self.best = self.best.min(bound(steps));
             if certificate.is_enough(self.best)? {
@@ -434,8 +457,8 @@ impl<T: Real> Search<'_, T> {
     }
 }
 
-/// How far the bound of the first eigenvalue is above its Ritz value.
-const FLAT: f64 = 0.013;
+/// How far the bound of the first eigenvalue may be above it.
+const FLAT: f64 = 0.02;
 
 /// Smaller sides of which all singular values are computed where nothing else proves enough.
 const WHOLE: usize = 1024;
