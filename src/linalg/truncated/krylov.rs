@@ -52,7 +52,7 @@ impl<'a, T: Real> Krylov<'a, T> {
         width: usize,
         random: &mut Random,
     ) -> Result<Self> {
-        let by_rows = matrix.rows() <= matrix.columns();
+        let by_rows = matrix.rows() < matrix.columns();
         let (size, other) = match by_rows {
             true => (matrix.rows(), matrix.columns()),
             false => (matrix.columns(), matrix.rows()),
@@ -98,14 +98,6 @@ impl<'a, T: Real> Krylov<'a, T> {
         self.basis.nrows()
     }
 
-    /// From the smaller side to the larger.
-    fn over(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
-        match self.by_rows {
-            true => self.matrix.to_columns(x),
-            false => self.matrix.to_rows(x),
-        }
-    }
-
     /// From the larger side to the smaller.
     fn back(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
         match self.by_rows {
@@ -136,8 +128,7 @@ impl<'a, T: Real> Krylov<'a, T> {
             let (q, _) = self.algebra.thin_qr(block.t())?;
             block = q.reversed_axes();
         }
-        let images = self.over(block.view())?;
-        let applied = self.back(images.view())?;
+        let (images, applied) = self.matrix.both(block.view())?;
         let (old, new) = (self.len(), block.nrows());
         for (all, new) in [
             (&mut self.basis, &block),
@@ -222,8 +213,7 @@ impl<'a, T: Real> Krylov<'a, T> {
 
     /// The Gram matrix A of the smaller side, on the complement of the basis, of vectors in it.
     pub(super) fn outside(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
-        let image = self.over(x)?;
-        let mut applied = self.back(image.view())?;
+        let (_, mut applied) = self.matrix.both(x)?;
         self.remove_basis(&mut applied);
         Ok(applied)
     }

@@ -29,6 +29,9 @@ pub trait Blocks: Sync {
 /// Elements that one task forms: they stay in the second-level cache.
 const PIECE: usize = 32 << 10;
 
+/// Bytes of a piece that is used twice: it stays in the third-level cache.
+const CACHED: usize = 4 << 20;
+
 /// Bytes of a block of a matrix that is not kept.
 const BLOCK: usize = 32 << 20;
 
@@ -144,6 +147,44 @@ impl<'a, T: Real> Matrix<'a, T> {
             Ok(())
         })?;
         Ok(beside.t().as_standard_layout().into_owned())
+    }
+
+    /// `x · Δᵀ` and `x · Δᵀ · Δ` where x lies on the columns and there are no more columns than rows, otherwise
+    /// `x · Δ` and `x · Δ · Δᵀ`: a piece of Δ is used for both while it is in the cache, and formed once.
+    pub(super) fn both(&self, x: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {
+        let tall = self.columns() <= self.rows();
+        let (long, short) = match tall {
+            true => (self.rows(), self.columns()),
+            false => (self.columns(), self.rows()),
+        };
+        let mut images = Array2::from_elem((long, x.nrows()), T::zero());
+        let mut applied = Array2::from_elem((short, x.nrows()), T::zero());
+        let step = (CACHED / size_of::<T>() / short.max(1)).max(1);
+        let mut take = |rows: Range<usize>, block: ArrayView2<'_, T>| {
+            for (index, piece) in block.axis_chunks_iter(Axis(0), step).enumerate() {
+                let first = rows.start + index * step;
+                let mut image = images.slice_mut(s![first..first + piece.nrows(), ..]);
+                self.algebra
+                    .multiply(piece, x.t(), image.view_mut(), Into::Place);
+                self.algebra
+                    .multiply(piece.t(), image.view(), applied.view_mut(), Into::Sum);
+            }
+        };
+        match &self.kept {
+            _ if tall => self.by_blocks(|rows, block, _| {
+                take(rows, block);
+                Ok(())
+            })?,
+            Some(kept) => take(0..long, kept.t()),
+            // Its columns are not at hand piece by piece.
+            None => {
+                let images = self.to_columns(x)?;
+                let applied = self.to_rows(images.view())?;
+                return Ok((images, applied));
+            }
+        }
+        let turned = |beside: Array2<T>| beside.t().as_standard_layout().into_owned();
+        Ok((turned(images), turned(applied)))
     }
 
     /// The matrix R of a QR decomposition, block by block (for a matrix that is at least as tall as wide).
