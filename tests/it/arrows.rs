@@ -287,8 +287,8 @@ fn verbs_and_command_line_name_no_method_and_no_format() {
     let mut checked = 0;
     let sources = sources();
     let modules: BTreeSet<&str> = sources
-        .iter()
-        .filter_map(|(name, _)| name.strip_prefix("formats/"))
+        .keys()
+        .filter_map(|name| name.strip_prefix("formats/"))
         .filter_map(|name| name.split(['/', '.']).next())
         .collect();
     assert!(modules.contains("peft") && modules.contains("kohya"));
