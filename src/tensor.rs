@@ -163,6 +163,16 @@ impl Tensor {
         }
     }
 
+    /// A tensor that follows from this one: of its file and name, with bytes at hand.
+    #[must_use]
+    pub fn holding(&self, dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Self {
+        Tensor {
+            memory: Some(Arc::new(bytes)),
+            made: None,
+            ..self.derived(dtype, shape, Arc::new(|| Ok(Vec::new())))
+        }
+    }
+
     /// The tensor with its bytes at hand, for readers of many small pieces.
     ///
     /// # Errors
@@ -490,6 +500,67 @@ pub fn narrowed(float: Float, values: &[f64]) -> Result<Vec<u8>> {
             Err(Error::new(Reason::FactorOverflow { count, dtype }))
         }
     }
+}
+
+/// The tensor with zeros behind its elements along an axis, up to a size.
+pub fn filled(tensor: &Tensor, axis: usize, size: usize) -> Tensor {
+    let mut shape = tensor.shape.clone();
+    let inner: usize = shape[axis + 1..].iter().product::<usize>() * tensor.dtype.bitsize() / 8;
+    let (own, whole) = (shape[axis] * inner, size * inner);
+    let length = shape[..axis].iter().product::<usize>() * whole;
+    shape[axis] = size;
+    let source = tensor.clone();
+    let made = move || {
+        let bytes = source.bytes()?;
+        let mut all = vec![0; length];
+        let lines = bytes.chunks_exact(own.max(1));
+        for (target, line) in all.chunks_exact_mut(whole.max(1)).zip(lines) {
+            target[..line.len()].copy_from_slice(line);
+        }
+        Ok(all)
+    };
+    tensor.derived(tensor.dtype, shape, Arc::new(made))
+}
+
+/// A matrix with its axes exchanged.
+pub fn transposed(tensor: &Tensor) -> Tensor {
+    let (rows, columns) = (tensor.dimension(0), tensor.dimension(1));
+    let size = tensor.dtype.bitsize() / 8;
+    let source = tensor.clone();
+    let made = move || {
+        let bytes = source.bytes()?;
+        let mut taken = Vec::with_capacity(bytes.len());
+        for column in 0..columns {
+            for row in 0..rows {
+                let at = (row * columns + column) * size;
+                taken.extend_from_slice(&bytes[at..at + size]);
+            }
+        }
+        Ok(taken)
+    };
+    tensor.derived(tensor.dtype, vec![columns, rows], Arc::new(made))
+}
+
+/// The tensor in another type, each value rounded once.
+pub fn typed(tensor: &Tensor, dtype: Option<Float>) -> Tensor {
+    match dtype {
+        Some(float) if float.dtype() != tensor.dtype => scaled(tensor, 1.0, dtype),
+        _ => tensor.clone(),
+    }
+}
+
+/// The tensor multiplied by a number, each product rounded once to the type.
+pub fn scaled(tensor: &Tensor, by: f64, dtype: Option<Float>) -> Tensor {
+    let Some(float) = dtype.or_else(|| Float::of(tensor.dtype)) else {
+        return tensor.clone();
+    };
+    let source = tensor.clone();
+    let made = move || {
+        let mut values = source.to_f64()?;
+        values.iter_mut().for_each(|value| *value *= by);
+        narrowed(float, &values).map_err(|e| e.in_file(source.input.path()).on(&*source.name))
+    };
+    tensor.derived(float.dtype(), tensor.shape.clone(), Arc::new(made))
 }
 
 #[cfg(test)]

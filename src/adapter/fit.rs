@@ -1,4 +1,4 @@
-//! A weight before and after it was trained, for methods that find the parameters of that change.
+//! A change of a weight, for methods that find the parameters of it.
 
 use std::ops::Range;
 
@@ -52,12 +52,12 @@ impl Blocks for Stored<'_> {
     }
 }
 
-/// A weight before and after, and how the change is to be approximated.
+/// What is added to a weight, and how that is to be approximated.
 pub struct Change<'a> {
-    /// The weight as it was, rows as stored.
-    pub base: &'a dyn Blocks,
-    /// The weight as it became.
-    pub tuned: &'a dyn Blocks,
+    /// What is added, rows as stored.
+    pub difference: &'a dyn Blocks,
+    /// The weight before and after, where they are known.
+    pub sides: Option<&'a Difference<'a>>,
     /// How a module lies on it.
     pub geometry: Geometry,
     /// The shape of the stored weight.
@@ -103,10 +103,13 @@ impl Blocks for Difference<'_> {
     }
 }
 
+/// Values of parameters, row-major, in the shapes that the method defines.
+pub type Parameters = Vec<(Role, Vec<usize>, Vec<f64>)>;
+
 /// Parameters that were found for a change.
 pub struct Fitted {
-    /// Their values, row-major, in the shapes that the method defines.
-    pub parameters: Vec<(Role, Vec<usize>, Vec<f64>)>,
+    /// Their values.
+    pub parameters: Parameters,
     /// The multiplier that they are meant for.
     pub scale: Scale,
     /// The decomposition behind them; its vectors have been used up.

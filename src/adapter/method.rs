@@ -3,10 +3,13 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+use ndarray::Array2;
+
 use super::fit::{Change, Fitted};
 use super::module::{Module, Role};
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
+use crate::linalg::truncated::Truncation;
 use crate::tensor::Tensor;
 
 /// The mathematics of one kind of adapter. The shelf `methods` implements it, one file each.
@@ -100,6 +103,50 @@ pub trait Method: Sync + Debug {
     /// Whether it has that power.
     fn fits(&self) -> bool {
         false
+    }
+
+    /// The shape of the weight that it is made for, as it is stored: inputs first for embeddings, otherwise outputs
+    /// first as far as its parameters tell.
+    fn shape(&self, _module: &Module) -> Option<Vec<usize>> {
+        None
+    }
+
+    /// One module that changes any weight at strength 1 by Σ factor · (the change of the part), to the rounding of its
+    /// parameters, which are as wide as that takes: a power that methods may have. All parts are of this method and on
+    /// one layer.
+    ///
+    /// # Errors
+    /// [`Reason::FactorShape`] where they are made for different weights; what reading the parameters gives.
+    fn sum(&self, parts: &[(&Module, f64)]) -> Result<Option<Module>> {
+        Ok(match parts {
+            [(module, factor)] if *factor == 1.0 => Some((*module).clone()),
+            _ => None,
+        })
+    }
+
+    /// Two matrices whose product, rows × columns of the stored matrix, is the part of low rank of what it does at
+    /// strength 1, which is all of it for additive methods: a power that methods may have.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn factors(
+        &self,
+        _module: &Module,
+        _on: &Geometry,
+    ) -> Result<Option<(Array2<f64>, Array2<f64>)>> {
+        Ok(None)
+    }
+
+    /// The module with zeros behind its factors, so that it has a rank; no bit of a value and no change of a weight
+    /// is another. A power of methods that have factors.
+    fn filled(&self, _module: &Module, _rank: usize) -> Option<Module> {
+        None
+    }
+
+    /// The module with its part of low rank as decomposed, in f64; the multiplier is the same. A power of methods that
+    /// have factors. Uses the vectors up.
+    fn of_triplets(&self, _module: &Module, _found: &mut Truncation) -> Option<Module> {
+        None
     }
 
     /// What it does to one tensor of the base, ready to be applied to blocks of rows.

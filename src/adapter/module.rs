@@ -4,7 +4,7 @@ use super::factor::Factor;
 use super::method::Method;
 use crate::error::{Error, Reason, Result};
 use crate::naming::Spelling;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, transposed};
 
 /// What a tensor is to its method. Each method defines its own, in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,18 +67,62 @@ impl Scale {
 
     /// α/r, or α/√r for rsLoRA.
     pub fn of(alpha: f64, rank: usize, root: bool) -> Self {
-        let divisor = if root {
-            (rank as f64).sqrt()
-        } else {
-            rank as f64
-        };
         Scale {
-            value: alpha / divisor,
+            value: alpha / divisor(rank, root),
             alpha: Some(alpha),
             rank: Some(rank),
             root,
         }
     }
+
+    /// A multiplier for a rank, with the numerator that makes it.
+    pub fn of_value(value: f64, rank: usize, root: bool) -> Self {
+        let divisor = divisor(rank, root);
+        let alpha = numerator(value, divisor, value * divisor);
+        Scale {
+            value,
+            ..Scale::of(alpha, rank, root)
+        }
+    }
+
+    /// The scale times a number. The numerator gives the product as it is rounded here where some numerator does.
+    #[must_use]
+    pub fn times(self, by: f64) -> Self {
+        let value = by * self.value;
+        let divisor = divisor(self.rank.unwrap_or(1), self.root);
+        let alpha = self
+            .alpha
+            .map(|alpha| numerator(value, divisor, by * alpha));
+        Scale {
+            value,
+            alpha,
+            ..self
+        }
+    }
+
+    /// The same multiplier where the rank is another.
+    #[must_use]
+    pub fn at_rank(self, rank: usize) -> Self {
+        match self.rank == Some(rank) {
+            true => self,
+            false => Scale::of_value(self.value, rank, self.root),
+        }
+    }
+}
+
+/// What the numerator is divided by.
+fn divisor(rank: usize, root: bool) -> f64 {
+    let rank = rank as f64;
+    if root { rank.sqrt() } else { rank }
+}
+
+/// A number that is `value` when it is divided: the first guess, or a neighbour of the product.
+fn numerator(value: f64, divisor: f64, guess: f64) -> f64 {
+    let product = value * divisor;
+    [guess, product, product.next_up(), product.next_down()]
+        .into_iter()
+        .find(|alpha| alpha / divisor == value)
+        .unwrap_or(guess)
 }
 
 /// One adapted layer: a path, a method, its parameters and its scale.
@@ -200,6 +244,15 @@ impl Module {
         Ok(match (self.stored, tensor.shape.len()) {
             (Stored::Transposed, 2) => factor.t(),
             _ => factor,
+        })
+    }
+
+    /// The tensor in a role with its axes as the method defines them.
+    pub fn defined(&self, role: Role) -> Option<Tensor> {
+        let tensor = self.get(role)?;
+        Some(match (self.stored, tensor.shape.len()) {
+            (Stored::Transposed, 2) => transposed(tensor),
+            _ => tensor.clone(),
         })
     }
 

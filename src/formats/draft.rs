@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Order;
-use crate::adapter::{Adapter, Layer, Method, Module, Role, Scale, Stored};
+use crate::adapter::{Adapter, Layer, Method, Module, Scale};
 use crate::containers::Header;
 use crate::containers::archive::Assemble;
 use crate::error::Result;
@@ -13,7 +13,9 @@ use crate::naming::Attention;
 use crate::naming::component::Component;
 use crate::naming::families::Layout;
 use crate::notice::Notice;
-use crate::tensor::{DType, Float, Tensor, narrow, narrowed, widen};
+use crate::tensor::{DType, Float, Tensor, filled, narrow, widen};
+
+pub(super) use crate::tensor::{scaled, transposed, typed};
 
 /// A power of a format: writing.
 pub trait Writer: Sync {
@@ -204,8 +206,8 @@ impl Written {
             return None;
         }
         Some(LowRank {
-            down: defined(module, lora::DOWN)?,
-            up: defined(module, lora::UP)?,
+            down: module.defined(lora::DOWN)?,
+            up: module.defined(lora::UP)?,
             mid: module.get(lora::MID).cloned(),
             bias: module.get(lora::BIAS).cloned(),
             magnitude: module.get(dora::MAGNITUDE).cloned(),
@@ -337,27 +339,6 @@ pub(super) fn common(numbers: impl Iterator<Item = f64>) -> Option<f64> {
     most_common(usable.map(f64::to_bits)).map(f64::from_bits)
 }
 
-/// A matrix with zeros behind its rows (0) or columns (1).
-fn filled(tensor: &Tensor, axis: usize, size: usize) -> Tensor {
-    let (rows, columns) = (tensor.dimension(0), tensor.dimension(1));
-    let (height, width) = match axis {
-        0 => (size, columns),
-        _ => (rows, size),
-    };
-    let element = tensor.dtype.bitsize() / 8;
-    let source = tensor.clone();
-    let made = move || {
-        let bytes = source.bytes()?;
-        let mut whole = vec![0; height * width * element];
-        let lines = bytes.chunks_exact((columns * element).max(1));
-        for (target, line) in whole.chunks_exact_mut((width * element).max(1)).zip(lines) {
-            target[..line.len()].copy_from_slice(line);
-        }
-        Ok(whole)
-    };
-    tensor.derived(tensor.dtype, vec![height, width], Arc::new(made))
-}
-
 /// A part of a fused layer.
 pub(super) struct Part {
     pub(super) rows: usize,
@@ -450,56 +431,6 @@ impl LowRank {
             Scale { value, .. } => value * self.rank() as f64,
         }
     }
-}
-
-/// A factor in the axes of its method.
-fn defined(module: &Module, role: Role) -> Option<Tensor> {
-    let tensor = module.get(role)?;
-    Some(match (module.stored, tensor.shape.len()) {
-        (Stored::Transposed, 2) => transposed(tensor),
-        _ => tensor.clone(),
-    })
-}
-
-/// A matrix with its axes exchanged.
-pub(super) fn transposed(tensor: &Tensor) -> Tensor {
-    let (rows, columns) = (tensor.dimension(0), tensor.dimension(1));
-    let size = tensor.dtype.bitsize() / 8;
-    let source = tensor.clone();
-    let made = move || {
-        let bytes = source.bytes()?;
-        let mut taken = Vec::with_capacity(bytes.len());
-        for column in 0..columns {
-            for row in 0..rows {
-                let at = (row * columns + column) * size;
-                taken.extend_from_slice(&bytes[at..at + size]);
-            }
-        }
-        Ok(taken)
-    };
-    tensor.derived(tensor.dtype, vec![columns, rows], Arc::new(made))
-}
-
-/// The tensor in another type, each value rounded once.
-pub(super) fn typed(tensor: &Tensor, dtype: Option<Float>) -> Tensor {
-    match dtype {
-        Some(float) if float.dtype() != tensor.dtype => scaled(tensor, 1.0, dtype),
-        _ => tensor.clone(),
-    }
-}
-
-/// The tensor multiplied by a number, each product rounded once to the type.
-pub(super) fn scaled(tensor: &Tensor, by: f64, dtype: Option<Float>) -> Tensor {
-    let Some(float) = dtype.or_else(|| Float::of(tensor.dtype)) else {
-        return tensor.clone();
-    };
-    let source = tensor.clone();
-    let made = move || {
-        let mut values = source.to_f64()?;
-        values.iter_mut().for_each(|value| *value *= by);
-        narrowed(float, &values).map_err(|e| e.in_file(source.input.path()).on(&*source.name))
-    };
-    tensor.derived(float.dtype(), tensor.shape.clone(), Arc::new(made))
 }
 
 /// The same elements under another shape.

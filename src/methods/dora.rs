@@ -15,14 +15,14 @@
 
 use std::ops::Range;
 
-use ndarray::s;
+use ndarray::{Array2, s};
 
 use super::lora::{
-    DOWN, MID, UP, check_factors, extent_of_factors, factors as of_triplets, inputs_of_down,
-    product, rank_of_factors,
+    DOWN, MID, UP, balanced, check_factors, extent_of_factors, factors_of, inputs_of_down,
+    of_triplets, product, rank_of_factors, shape_of_factors, with_rank,
 };
 use crate::adapter::factor::Product;
-use crate::adapter::fit::{Change, Fitted};
+use crate::adapter::fit::{Change, Difference, Fitted};
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
     Update, Workspace,
@@ -129,6 +129,26 @@ impl Method for Dora {
         BiasUse::No
     }
 
+    fn shape(&self, module: &Module) -> Option<Vec<usize>> {
+        shape_of_factors(module)
+    }
+
+    fn factors(
+        &self,
+        module: &Module,
+        on: &Geometry,
+    ) -> Result<Option<(Array2<f64>, Array2<f64>)>> {
+        factors_of(module, on.orientation).map(Some)
+    }
+
+    fn filled(&self, module: &Module, rank: usize) -> Option<Module> {
+        Some(with_rank(module, rank))
+    }
+
+    fn of_triplets(&self, module: &Module, found: &mut Truncation) -> Option<Module> {
+        Some(of_triplets(module, found))
+    }
+
     fn fits(&self) -> bool {
         true
     }
@@ -137,24 +157,26 @@ impl Method for Dora {
     /// residual smaller, and the first is the fit of LoRA, for s = 1. Then `V = W + L / s` has the direction, and m is
     /// what brings `m / ‖V‖ ∘ V` nearest to W'.
     fn fit(&self, change: &Change<'_>) -> Result<Fitted> {
+        // Its norms are those of the weight.
+        let Some(sides) = change.sides else {
+            let method = self.name();
+            return Err(Error::new(Reason::NotFitted { method }));
+        };
         let on = &change.geometry;
         let mut sizes = vec![1.0; outputs_of(on)];
-        let mut found = truncated(
-            &Scaled {
-                change,
-                sizes: &sizes,
-            },
-            &change.settings,
-        )?;
+        let by_row = on.orientation == Orientation::OutputsFirst;
+        let decomposed = |sizes: &[f64]| {
+            let scaled = Scaled {
+                sides,
+                by_row,
+                sizes,
+            };
+            truncated(&scaled, &change.settings)
+        };
+        let mut found = decomposed(&sizes)?;
         for _ in 0..ROUNDS {
-            sizes = nearest_sizes(change, &found)?;
-            found = truncated(
-                &Scaled {
-                    change,
-                    sizes: &sizes,
-                },
-                &change.settings,
-            )?;
+            sizes = nearest_sizes(sides, on, &found)?;
+            found = decomposed(&sizes)?;
         }
         let outputs = match on.orientation {
             Orientation::OutputsFirst => &mut found.left,
@@ -163,9 +185,10 @@ impl Method for Dora {
         for (mut column, size) in outputs.columns_mut().into_iter().zip(&sizes) {
             column.mapv_inplace(|element| element / size);
         }
-        let magnitude = nearest_magnitudes(change, &found)?;
+        let magnitude = nearest_magnitudes(sides, on, &found)?;
         let scale = change.scale(found.values.len());
-        let mut parameters: Vec<_> = of_triplets(change, &mut found, scale.value).into();
+        let factors = balanced(on.orientation, change.shape, &mut found, scale.value);
+        let mut parameters: Vec<_> = factors.into();
         parameters.push((MAGNITUDE, vec![magnitude.len()], magnitude));
         Ok(Fitted {
             parameters,
@@ -219,32 +242,33 @@ fn outputs_of(on: &Geometry) -> usize {
 
 /// `W' − s ∘ W`
 struct Scaled<'a> {
-    change: &'a Change<'a>,
+    sides: &'a Difference<'a>,
+    /// Whether outputs are rows.
+    by_row: bool,
     /// One for each output.
     sizes: &'a [f64],
 }
 
 impl Blocks for Scaled<'_> {
     fn rows(&self) -> usize {
-        self.change.base.rows()
+        self.sides.rows()
     }
 
     fn columns(&self) -> usize {
-        self.change.base.columns()
+        self.sides.columns()
     }
 
     fn fill(&self, rows: Range<usize>, values: &mut [f64]) -> Result<()> {
         let mut base = vec![0.0; values.len()];
-        self.change.base.fill(rows.clone(), &mut base)?;
-        self.change.tuned.fill(rows.clone(), values)?;
+        self.sides.base.fill(rows.clone(), &mut base)?;
+        self.sides.tuned.fill(rows.clone(), values)?;
         let columns = self.columns().max(1);
-        let by_row = self.change.geometry.orientation == Orientation::OutputsFirst;
         let lines = values
             .chunks_exact_mut(columns)
             .zip(base.chunks_exact(columns));
         for (row, (values, base)) in rows.zip(lines) {
             for (column, (value, base)) in values.iter_mut().zip(base).enumerate() {
-                let size = self.sizes[if by_row { row } else { column }];
+                let size = self.sizes[if self.by_row { row } else { column }];
                 *value = size.mul_add(-base, *value);
             }
         }
@@ -254,11 +278,11 @@ impl Blocks for Scaled<'_> {
 
 /// Sums of two products for each output, over all elements of base, tuned and `Σ values · left · right`.
 fn by_output(
-    change: &Change<'_>,
+    sides: &Difference<'_>,
+    on: &Geometry,
     found: &Truncation,
     pair: impl Fn(f64, f64, f64) -> (f64, f64),
 ) -> Result<(Vec<f64>, Vec<f64>)> {
-    let on = &change.geometry;
     let by_row = on.orientation == Orientation::OutputsFirst;
     let (mut first, mut second) = (vec![0.0; outputs_of(on)], vec![0.0; outputs_of(on)]);
     let step = (BLOCK / on.columns.max(1)).max(1);
@@ -272,8 +296,8 @@ fn by_output(
             vec![0.0; rows.len() * on.columns],
             vec![0.0; rows.len() * on.columns],
         );
-        change.base.fill(rows.clone(), &mut base)?;
-        change.tuned.fill(rows.clone(), &mut tuned)?;
+        sides.base.fill(rows.clone(), &mut base)?;
+        sides.tuned.fill(rows.clone(), &mut tuned)?;
         let low = weighted.slice(s![.., rows.clone()]).t().dot(&found.right);
         for ((row, column), low) in low.indexed_iter() {
             let at = row * on.columns + column;
@@ -287,8 +311,8 @@ fn by_output(
 }
 
 /// `⟨W' − L, W⟩ / ‖W‖²` of each output; 1 where that says nothing.
-fn nearest_sizes(change: &Change<'_>, found: &Truncation) -> Result<Vec<f64>> {
-    let (over, under) = by_output(change, found, |base, tuned, low| {
+fn nearest_sizes(sides: &Difference<'_>, on: &Geometry, found: &Truncation) -> Result<Vec<f64>> {
+    let (over, under) = by_output(sides, on, found, |base, tuned, low| {
         ((tuned - low) * base, base * base)
     })?;
     let size = |(over, under): (f64, f64)| match under > 0.0 && over / under > LEAST_SIZE {
@@ -299,8 +323,12 @@ fn nearest_sizes(change: &Change<'_>, found: &Truncation) -> Result<Vec<f64>> {
 }
 
 /// `⟨W', V⟩ / ‖V‖` of each output, with V = W + L.
-fn nearest_magnitudes(change: &Change<'_>, found: &Truncation) -> Result<Vec<f64>> {
-    let (over, under) = by_output(change, found, |base, tuned, low| {
+fn nearest_magnitudes(
+    sides: &Difference<'_>,
+    on: &Geometry,
+    found: &Truncation,
+) -> Result<Vec<f64>> {
+    let (over, under) = by_output(sides, on, found, |base, tuned, low| {
         let direction = base + low;
         (tuned * direction, direction * direction)
     })?;

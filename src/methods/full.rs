@@ -4,6 +4,7 @@
 //! `comfy/lora.py`. Either part may be there without the other.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::adapter::factor::Factor;
 use crate::adapter::{
@@ -11,7 +12,7 @@ use crate::adapter::{
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// D, in the shape of the weight.
 pub const DIFFERENCE: Role = Role::new("difference");
@@ -113,6 +114,26 @@ impl Method for Full {
         Some(weight.into_iter().chain(bias).collect())
     }
 
+    fn shape(&self, module: &Module) -> Option<Vec<usize>> {
+        Some(module.get(DIFFERENCE)?.shape.clone())
+    }
+
+    fn sum(&self, parts: &[(&Module, f64)]) -> Result<Option<Module>> {
+        let [(first, _), ..] = parts else {
+            return Ok(None);
+        };
+        let mut parameters = Vec::new();
+        for role in [DIFFERENCE, BIAS_DIFFERENCE] {
+            if let Some(sum) = weighted(parts, role, 0.0)? {
+                parameters.push((role, sum));
+            }
+        }
+        Ok(Some(Module {
+            parameters,
+            ..(*first).clone()
+        }))
+    }
+
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {
         let tensor = match on.part {
             Part::Weight => module.require(DIFFERENCE)?,
@@ -123,6 +144,52 @@ impl Method for Full {
             strength,
         }))
     }
+}
+
+/// `origin + Σ factor · (parameter − origin)` in f64 over the parts that have a role; nothing where none has. What is
+/// taken once stays as it is.
+pub(super) fn weighted(
+    parts: &[(&Module, f64)],
+    role: Role,
+    origin: f64,
+) -> Result<Option<Tensor>> {
+    let mut terms: Vec<(Tensor, f64)> = Vec::new();
+    for (module, factor) in parts {
+        let Some(tensor) = module.get(role) else {
+            continue;
+        };
+        if terms
+            .iter()
+            .any(|(term, _)| term.elements() != tensor.elements())
+        {
+            let (a, b) = (&terms[0].0.shape, &tensor.shape);
+            let problem = format!(
+                "the {} of the parts have shapes {a:?} and {b:?}",
+                role.name()
+            );
+            return Err(module.error(Reason::FactorShape { problem }));
+        }
+        terms.push((tensor.clone(), *factor));
+    }
+    let first = match terms.as_slice() {
+        [] => return Ok(None),
+        [(only, 1.0)] => return Ok(Some(only.clone())),
+        [(first, _), ..] => first.clone(),
+    };
+    let shape = first.shape.clone();
+    let made = move || {
+        let mut sums = vec![0.0; terms[0].0.elements()];
+        for (tensor, factor) in &terms {
+            for (sum, value) in sums.iter_mut().zip(tensor.to_f64()?) {
+                *sum = factor.mul_add(value - origin, *sum);
+            }
+        }
+        Ok(sums
+            .iter()
+            .flat_map(|sum| (origin + sum).to_le_bytes())
+            .collect())
+    };
+    Ok(Some(first.derived(DType::F64, shape, Arc::new(made))))
 }
 
 /// `value[i,j] = fma(m, D[i,j], value[i,j])`.

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::dora::interpolate;
+use super::full::weighted;
 use crate::adapter::{
     Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Role, RoleUse, Update,
     Workspace,
@@ -89,6 +90,22 @@ impl Method for Ia3 {
             Some(_) => BiasUse::IfPresent,
             None => BiasUse::No,
         }
+    }
+
+    fn sum(&self, parts: &[(&Module, f64)]) -> Result<Option<Module>> {
+        let [(first, _), ..] = parts else {
+            return Ok(None);
+        };
+        let (role, _) = first.parameters[0];
+        // Factors on outputs and on inputs are no factors on one of them.
+        if parts.iter().any(|(module, _)| module.get(role).is_none()) {
+            return Ok(None);
+        }
+        let sum = weighted(parts, role, 1.0)?;
+        Ok(sum.map(|sum| Module {
+            parameters: vec![(role, sum)],
+            ..(*first).clone()
+        }))
     }
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {

@@ -12,19 +12,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 
-use super::full::Add;
+use super::full::{Add, weighted};
 use crate::adapter::factor::{Factor, Product};
-use crate::adapter::fit::{Change, Difference, Fitted};
+use crate::adapter::fit::{Change, Fitted};
 use crate::adapter::{
-    Along, BiasUse, Extent, Geometry, Method, Module, Order, Orientation, Part, Role, RoleUse,
-    Scale, Stored, Update, Workspace,
+    Along, BiasUse, Extent, Geometry, Layer, Method, Module, Order, Orientation, Part, Role,
+    RoleUse, Scale, Stored, Update, Workspace,
 };
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::linalg::truncated::{Truncation, truncated};
-use crate::tensor::{DType, Float, Tensor, narrowed};
+use crate::tensor::{DType, Float, Tensor, filled, narrowed, transposed, typed};
 
 /// A, r × in (× kernel): maps inputs to the rank.
 pub const DOWN: Role = Role::new("down");
@@ -139,18 +139,47 @@ impl Method for Lora {
         Ok((!used.is_empty()).then_some(module))
     }
 
+    fn shape(&self, module: &Module) -> Option<Vec<usize>> {
+        shape_of_factors(module)
+    }
+
+    fn sum(&self, parts: &[(&Module, f64)]) -> Result<Option<Module>> {
+        Ok(match parts {
+            [] => None,
+            [(module, factor)] => Some(times(module, *factor)),
+            several => Some(side_by_side(several)?),
+        })
+    }
+
+    fn factors(
+        &self,
+        module: &Module,
+        on: &Geometry,
+    ) -> Result<Option<(Array2<f64>, Array2<f64>)>> {
+        factors_of(module, on.orientation).map(Some)
+    }
+
+    fn filled(&self, module: &Module, rank: usize) -> Option<Module> {
+        Some(with_rank(module, rank))
+    }
+
+    fn of_triplets(&self, module: &Module, found: &mut Truncation) -> Option<Module> {
+        Some(of_triplets(module, found))
+    }
+
     fn fits(&self) -> bool {
         true
     }
 
     fn fit(&self, change: &Change<'_>) -> Result<Fitted> {
-        let difference = Difference {
-            base: change.base,
-            tuned: change.tuned,
-        };
-        let mut truncation = truncated(&difference, &change.settings)?;
+        let mut truncation = truncated(change.difference, &change.settings)?;
+        // A module has a rank, also where there is nothing to say.
+        if truncation.values.is_empty() {
+            truncation.fill(1);
+        }
         let scale = change.scale(truncation.values.len());
-        let parameters = factors(change, &mut truncation, scale.value).into();
+        let orientation = change.geometry.orientation;
+        let parameters = balanced(orientation, change.shape, &mut truncation, scale.value).into();
         Ok(Fitted {
             parameters,
             scale,
@@ -173,13 +202,14 @@ impl Method for Lora {
 
 /// A and B of singular triplets, whose roots they share: `scale · B · A` is their sum. The element of a column of B
 /// that is largest in magnitude (the first of several) has the sign of the scale.
-pub(super) fn factors(
-    change: &Change<'_>,
+pub(super) fn balanced(
+    orientation: Orientation,
+    shape: &[usize],
     truncation: &mut Truncation,
     scale: f64,
 ) -> [(Role, Vec<usize>, Vec<f64>); 2] {
     let (left, right) = (&mut truncation.left, &mut truncation.right);
-    let (up, down) = match change.geometry.orientation {
+    let (up, down) = match orientation {
         Orientation::OutputsFirst => (left, right),
         Orientation::InputsFirst => (right, left),
     };
@@ -191,7 +221,11 @@ pub(super) fn factors(
                 false => largest,
             }
         });
-        let share = (value / scale.abs()).sqrt();
+        // A scale of zero has no values.
+        let share = match *value > 0.0 {
+            true => (value / scale.abs()).sqrt(),
+            false => 0.0,
+        };
         let sign = if largest < 0.0 { -1.0 } else { 1.0 };
         let of_scale = if scale < 0.0 { -1.0 } else { 1.0 };
         up.row_mut(index)
@@ -202,15 +236,225 @@ pub(super) fn factors(
     let rank = truncation.values.len();
     let (outputs, inputs) = (up.ncols(), down.ncols());
     let (mut down_shape, mut up_shape) = (vec![rank, inputs], vec![outputs, rank]);
-    if change.shape.len() > 2 {
-        down_shape.splice(1.., change.shape[1..].iter().copied());
-        up_shape.resize(change.shape.len(), 1);
+    if shape.len() > 2 {
+        down_shape.splice(1.., shape[1..].iter().copied());
+        up_shape.resize(shape.len(), 1);
     }
     let values = |factor: ArrayView2<'_, f64>| factor.iter().copied().collect();
     [
         (DOWN, down_shape, values(down.view())),
         (UP, up_shape, values(up.t())),
     ]
+}
+
+/// The shape of the weight that factors are made for.
+pub(super) fn shape_of_factors(module: &Module) -> Option<Vec<usize>> {
+    let (mut shape, up) = (module.shape(DOWN)?, module.shape(UP)?);
+    if let Some(mid) = module.get(MID) {
+        shape.splice(2.., mid.shape[2..].iter().copied());
+    }
+    shape[0] = *up.first()?;
+    if module.layer == Layer::Embedding {
+        shape.swap(0, 1);
+    }
+    Some(shape)
+}
+
+/// `scale · B` and A with its core, or the transposes of A and of `scale · B`.
+pub(super) fn factors_of(
+    module: &Module,
+    orientation: Orientation,
+) -> Result<(Array2<f64>, Array2<f64>)> {
+    let whole = |factor: Factor| factor.block(0..factor.rows(), 0..factor.columns());
+    let mut up = whole(module.factor(UP)?)?;
+    let down = whole(whole_down(module)?)?;
+    up.mapv_inplace(|value| value * module.scale.value);
+    Ok(match orientation {
+        Orientation::OutputsFirst => (up, down),
+        Orientation::InputsFirst => (down.reversed_axes(), up.reversed_axes()),
+    })
+}
+
+/// The module with zeros behind its factors.
+pub(super) fn with_rank(module: &Module, rank: usize) -> Module {
+    let mut wider = module.clone();
+    for (role, tensor) in &mut wider.parameters {
+        let Some(own) = module.defined(*role) else {
+            continue;
+        };
+        *tensor = match *role {
+            DOWN => filled(&own, 0, rank),
+            UP => filled(&own, 1, rank),
+            MID => filled(&filled(&own, 0, rank), 1, rank),
+            _ => own,
+        };
+    }
+    wider.stored = Stored::AsDefined;
+    wider.scale = module.scale.at_rank(rank);
+    wider
+}
+
+/// The module with its factors, and the core between them, replaced.
+pub(super) fn of_triplets(module: &Module, found: &mut Truncation) -> Module {
+    let orientation = match module.layer {
+        Layer::Dense => Orientation::OutputsFirst,
+        Layer::Embedding => Orientation::InputsFirst,
+    };
+    let shape = shape_of_factors(module).unwrap_or_default();
+    let rank = found.values.len();
+    let mut parameters = Vec::new();
+    for (role, shape, values) in balanced(orientation, &shape, found, module.scale.value) {
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
+        let like = module.get(role).or(module.get(DOWN));
+        parameters.extend(like.map(|like| (role, like.holding(DType::F64, shape, bytes))));
+    }
+    let others = module.parameters.iter();
+    parameters.extend(
+        others
+            .filter(|(role, _)| ![DOWN, UP, MID].contains(role))
+            .cloned(),
+    );
+    Module {
+        parameters,
+        scale: module.scale.at_rank(rank),
+        stored: Stored::AsDefined,
+        ..module.clone()
+    }
+}
+
+/// The module times a number: its magnitude goes into the scale, its sign into the up factor.
+fn times(module: &Module, factor: f64) -> Module {
+    let mut module = module.clone();
+    if factor.abs() != 1.0 {
+        module.scale = module.scale.times(factor.abs());
+    }
+    if factor < 0.0 {
+        for (role, tensor) in &mut module.parameters {
+            if [UP, BIAS].contains(role) {
+                *tensor = negated(tensor);
+            }
+        }
+    }
+    module
+}
+
+/// The tensor with all signs exchanged.
+fn negated(tensor: &Tensor) -> Tensor {
+    let source = tensor.clone();
+    let size = tensor.dtype.bitsize() / 8;
+    let made = move || {
+        let mut bytes = source.bytes()?.into_owned();
+        // The sign is the highest bit of a float.
+        bytes
+            .iter_mut()
+            .skip(size - 1)
+            .step_by(size)
+            .for_each(|byte| *byte ^= 0x80);
+        Ok(bytes)
+    };
+    tensor.derived(tensor.dtype, tensor.shape.clone(), Arc::new(made))
+}
+
+/// `Σ factor · scale · B · A` by factors side by side. Where all multipliers have one magnitude it stays the scale;
+/// otherwise they are multiplied into the up factors, which are then in f64.
+fn side_by_side(parts: &[(&Module, f64)]) -> Result<Module> {
+    let (first, _) = parts[0];
+    let multiplier = |(module, factor): &(&Module, f64)| factor * module.scale.value;
+    let magnitude = multiplier(&parts[0]).abs();
+    let same = parts.iter().all(|part| multiplier(part).abs() == magnitude);
+    let (mut downs, mut ups, mut weighed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut rank = 0;
+    for part in parts {
+        let (module, multiplier) = (part.0, multiplier(part));
+        let by = if same {
+            1f64.copysign(multiplier)
+        } else {
+            multiplier
+        };
+        let missing = |role: Role| module.require(role).cloned();
+        let mut up = module.defined(UP).map_or_else(|| missing(UP), Ok)?;
+        let mut down = match module.get(MID) {
+            Some(mid) => folded(module.require(DOWN)?, mid),
+            None => module.defined(DOWN).map_or_else(|| missing(DOWN), Ok)?,
+        };
+        // The other way to see an embedding.
+        if module.layer != first.layer && down.shape.len() == 2 && up.shape.len() == 2 {
+            (down, up) = (transposed(&up), transposed(&down));
+        }
+        weighed.push((module, by));
+        let (outputs, width) = (up.dimension(0), up.dimension(1));
+        let all = std::iter::once(0..outputs).collect();
+        ups.push((up, all, rank, width, by));
+        downs.push(down);
+        rank += width;
+    }
+    let outputs = ups[0].0.dimension(0);
+    // Of several shapes of one layer the one that tells the kernel.
+    let tails = downs.iter().map(|down| &down.shape[1..]);
+    let tail = tails.max_by_key(|tail| tail.len()).unwrap_or(&[]).to_vec();
+    let inputs: usize = tail.iter().product();
+    for ((up, ..), down) in ups.iter().zip(&downs) {
+        let own: usize = down.shape[1..].iter().product();
+        if up.dimension(0) != outputs || own != inputs {
+            let problem = format!(
+                "modules for {outputs} outputs and {inputs} inputs, and for {} and {own}",
+                up.dimension(0)
+            );
+            return Err(first.error(Reason::FactorShape { problem }));
+        }
+    }
+    let narrow = common_type(downs.iter())?;
+    let (down_shape, mut up_shape) = ([&[rank], &*tail].concat(), vec![outputs, rank]);
+    up_shape.resize(down_shape.len(), 1);
+    let like = first.require(DOWN)?;
+    let stacked = move || {
+        let mut bytes = Vec::new();
+        for down in &downs {
+            bytes.extend_from_slice(&typed(down, Some(narrow)).bytes()?);
+        }
+        Ok(bytes)
+    };
+    let down = like.derived(narrow.dtype(), down_shape, Arc::new(stacked));
+    let float = match same {
+        true => common_type(ups.iter().map(|(up, ..)| up))?,
+        false => Float::F64,
+    };
+    let made = move || blocks(&ups, outputs, rank, float, false);
+    let up = first
+        .require(UP)?
+        .derived(float.dtype(), up_shape, Arc::new(made));
+    let mut parameters = vec![(DOWN, down), (UP, up)];
+    if let Some(bias) = weighted(&weighed, BIAS, 0.0)? {
+        parameters.push((BIAS, bias));
+    }
+    let module = Module {
+        parameters,
+        scale: Scale::of_value(if same { magnitude } else { 1.0 }, rank, false),
+        stored: Stored::AsDefined,
+        ..first.clone()
+    };
+    module.method.check(&module)?;
+    Ok(module)
+}
+
+/// The narrowest type that holds all values.
+fn common_type<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Float> {
+    let mut common = None;
+    for tensor in tensors {
+        let own = tensor.float()?;
+        common = Some(match common {
+            None => own,
+            Some(known) if known == own => own,
+            Some(Float::F64) => Float::F64,
+            Some(_) if own == Float::F64 => Float::F64,
+            // Two of sixteen bits have no common type but this.
+            Some(_) => Float::F32,
+        });
+    }
+    Ok(common.unwrap_or(Float::F32))
 }
 
 /// Checks A (r × in × kernel…) against B (out × r × 1…).
@@ -293,7 +537,8 @@ fn folded(down: &Tensor, mid: &Tensor) -> Tensor {
         }
         Ok(bytes)
     };
-    down.derived(DType::F64, vec![outer, inputs * kernel], Arc::new(made))
+    let shape = [&[outer, inputs], &mid.shape[2..]].concat();
+    down.derived(DType::F64, shape, Arc::new(made))
 }
 
 /// One module of the parts of a fused layer of `outputs`, each on its rows; outputs of no part stay as
@@ -325,17 +570,9 @@ fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Modul
         shared &= module.scale == first.scale && a.dtype == b.dtype && a.equals(b)?;
     }
     let mut ups = Vec::new();
-    let (mut rank, mut float) = (0, Float::F16);
+    let mut rank = 0;
     for (module, rows) in parts {
         let up = module.require(UP)?.clone();
-        let own = up.float()?;
-        // The widest of them; two of sixteen bits have no common type but f32.
-        float = match (float, own, ups.is_empty()) {
-            (_, own, true) => own,
-            (a, b, _) if a == b => a,
-            (Float::F64, ..) | (_, Float::F64, _) => Float::F64,
-            _ => Float::F32,
-        };
         let width = up.dimension(1);
         ups.push((
             up,
@@ -346,6 +583,7 @@ fn fused(parts: &[(&Module, Vec<Range<usize>>)], outputs: usize) -> Result<Modul
         ));
         rank = if shared { width } else { rank + width };
     }
+    let float = common_type(ups.iter().map(|(up, ..)| up))?;
     let same = parts
         .iter()
         .all(|(module, _)| module.scale.value == first.scale.value);
@@ -498,13 +736,17 @@ pub(super) fn extent_of_factors(module: &Module) -> Extent {
     }
 }
 
+/// A, with the core folded into it.
+fn whole_down(module: &Module) -> Result<Factor> {
+    match module.get(MID) {
+        Some(mid) => Factor::new(&folded(module.require(DOWN)?, mid), mid.dimension(0)),
+        None => module.factor(DOWN),
+    }
+}
+
 /// B · A as rows × columns of the stored matrix.
 pub(super) fn product(module: &Module, orientation: Orientation, c: f64) -> Result<Product> {
-    let (down, up) = (module.factor(DOWN)?, module.factor(UP)?);
-    let down = match module.get(MID) {
-        Some(mid) => Factor::new(&folded(module.require(DOWN)?, mid), mid.dimension(0))?,
-        None => down,
-    };
+    let (down, up) = (whole_down(module)?, module.factor(UP)?);
     match orientation {
         Orientation::OutputsFirst => Product::new(up, down, c),
         Orientation::InputsFirst => Product::new(down.t(), up.t(), c),

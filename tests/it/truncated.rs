@@ -353,3 +353,145 @@ fn the_work_ends_when_it_is_asked_to() {
     let error = truncated(&Matrix(matrix), &settings).expect_err("it was stopped");
     assert_eq!(error.kind(), loratool::Kind::Interrupted);
 }
+
+/// A matrix that is known as a product.
+struct Factored(Array2<f64>, Array2<f64>);
+
+impl Blocks for Factored {
+    fn rows(&self) -> usize {
+        self.0.nrows()
+    }
+
+    fn columns(&self) -> usize {
+        self.1.ncols()
+    }
+
+    fn fill(&self, _rows: Range<usize>, _values: &mut [f64]) -> Result<()> {
+        panic!("a product is not formed")
+    }
+
+    fn factors(&self) -> Result<Option<(Array2<f64>, Array2<f64>)>> {
+        Ok(Some((self.0.clone(), self.1.clone())))
+    }
+}
+
+#[test]
+fn a_product_is_decomposed_by_its_factors_as_well_as_whole() {
+    let mut random = Random::new(3);
+    let mut pairs: Vec<(&str, Factored)> = [
+        ("tall", 90, 5, 20),
+        ("wide", 12, 4, 70),
+        ("square", 40, 8, 40),
+        ("more terms than a side", 10, 24, 30),
+        ("more terms than both sides", 6, 30, 9),
+        ("a row", 1, 3, 50),
+    ]
+    .into_iter()
+    .map(|(name, rows, terms, columns)| {
+        let left = normal(rows, terms, &mut random);
+        (name, Factored(left, normal(terms, columns, &mut random)))
+    })
+    .collect();
+    let (a, b) = (normal(30, 3, &mut random), normal(3, 20, &mut random));
+    let twice = |m: &Array2<f64>, sign: f64, axis| {
+        ndarray::concatenate(ndarray::Axis(axis), &[m.view(), (sign * m).view()]).unwrap()
+    };
+    pairs.push((
+        "terms twice",
+        Factored(twice(&a, 1.0, 1), twice(&b, 1.0, 0)),
+    ));
+    pairs.push((
+        "no terms",
+        Factored(Array2::zeros((7, 0)), Array2::zeros((0, 5))),
+    ));
+    pairs.push((
+        "zeros",
+        Factored(Array2::zeros((7, 2)), Array2::zeros((2, 5))),
+    ));
+    for algebra in ALGEBRAS {
+        for (name, pair) in &pairs {
+            let whole = pair.0.dot(&pair.1);
+            let full = algebra.thin_svd(whole.view()).unwrap();
+            let largest = full.s.first().copied().unwrap_or(0.0);
+            for rank in [
+                Rank::Fixed(2),
+                Rank::Fixed(99),
+                Rank::Energy {
+                    share: 0.9,
+                    most: 99,
+                },
+                Rank::Ratio {
+                    ratio: 2.0,
+                    most: 99,
+                },
+                Rank::Sum {
+                    share: 0.7,
+                    most: 99,
+                },
+            ] {
+                let settings = Settings {
+                    algebra: *algebra,
+                    rank,
+                    tolerance: Some(1e-3),
+                    exact: false,
+                    seed: 0,
+                    memory: 1 << 20,
+                    check: &|| Ok(()),
+                };
+                let ours = truncated(pair, &settings).unwrap();
+                let theirs = truncated(
+                    &Matrix(whole.clone()),
+                    &Settings {
+                        exact: true,
+                        ..settings
+                    },
+                )
+                .unwrap();
+                assert_eq!(ours.proof, Proof::Complete, "{name}");
+                let tiny = |value: &&f64| **value <= 1e-12 * largest;
+                let count = |values: &[f64]| values.len() - values.iter().filter(tiny).count();
+                assert_eq!(
+                    count(&ours.values),
+                    count(&theirs.values),
+                    "{name} {rank:?}"
+                );
+                for (a, b) in ours.values.iter().zip(&full.s) {
+                    assert!((a - b).abs() <= 1e-12 * largest, "{name} {rank:?}");
+                }
+                let made = |found: &Truncation| {
+                    let mut left = found.left.t().to_owned();
+                    for (mut column, value) in left.columns_mut().into_iter().zip(&found.values) {
+                        column *= *value;
+                    }
+                    left.dot(&found.right)
+                };
+                let difference = made(&ours) - made(&theirs);
+                let off = difference
+                    .iter()
+                    .fold(0.0f64, |off, value| off.max(value.abs()));
+                assert!(off <= 1e-11 * largest, "{name} {rank:?}: {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_share_of_the_sum_of_all_singular_values_is_the_least_rank_that_has_it() {
+    let matrix = Matrix(Array2::from_diag(&ndarray::arr1(&[
+        8.0, 4.0, 2.0, 1.0, 0.5, 0.25,
+    ])));
+    for (share, rank) in [(0.5, 1), (0.75, 2), (0.9, 4), (1.0, 6)] {
+        let settings = Settings {
+            algebra: ALGEBRAS[0],
+            rank: Rank::Sum { share, most: 99 },
+            tolerance: None,
+            exact: false,
+            seed: 0,
+            memory: 1 << 20,
+            check: &|| Ok(()),
+        };
+        let found = truncated(&matrix, &settings).unwrap();
+        assert_eq!(found.values.len(), rank, "{share}");
+        assert!(found.reached);
+    }
+}

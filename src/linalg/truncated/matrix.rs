@@ -24,6 +24,14 @@ pub trait Blocks: Sync {
     /// # Errors
     /// What reading gives.
     fn fill(&self, rows: Range<usize>, values: &mut [f64]) -> Result<()>;
+
+    /// Two matrices whose product it is, where it is known as one: rows × any, and any × columns.
+    ///
+    /// # Errors
+    /// What reading gives.
+    fn factors(&self) -> Result<Option<(Array2<f64>, Array2<f64>)>> {
+        Ok(None)
+    }
 }
 
 /// Elements that one task forms: they stay in the second-level cache.

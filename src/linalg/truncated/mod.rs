@@ -4,9 +4,9 @@
 //! Eckart and Young, 1936: of all matrices of rank r the sum of the first r singular triplets is nearest, and leaves
 //! `F − Σλᵢ` of the squared norm F, where λᵢ are the squared singular values.
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis, s};
 
-use super::dense::{Algebra, Dense, Real};
+use super::dense::{Algebra, Dense, Into, Real, Svd};
 use super::random::Random;
 use crate::error::{Error, Reason, Result};
 
@@ -41,12 +41,22 @@ pub enum Rank {
         /// And no more than this.
         most: usize,
     },
+    /// The smallest that keeps a share of the sum of all singular values, for which all of them are computed.
+    Sum {
+        /// The share, of 1.
+        share: f64,
+        /// And no more than this.
+        most: usize,
+    },
 }
 
 impl Rank {
     /// The largest rank that may come out for a matrix.
     pub fn most(self, smaller_side: usize) -> usize {
-        let (Rank::Fixed(most) | Rank::Energy { most, .. } | Rank::Ratio { most, .. }) = self;
+        let (Rank::Fixed(most)
+        | Rank::Energy { most, .. }
+        | Rank::Ratio { most, .. }
+        | Rank::Sum { most, .. }) = self;
         most.min(smaller_side)
     }
 
@@ -55,15 +65,10 @@ impl Rank {
         let most = self.most(smaller_side);
         match self {
             Rank::Fixed(_) => (most, squares.len() >= most),
-            Rank::Energy { share, .. } => {
-                let mut kept = 0.0;
-                for (index, square) in squares.iter().enumerate().take(most) {
-                    kept += square;
-                    if kept >= share * total {
-                        return (index + 1, true);
-                    }
-                }
-                (most, false)
+            Rank::Energy { share, .. } => until(squares.iter().copied(), share * total, most),
+            Rank::Sum { share, .. } => {
+                let values = || squares.iter().map(|square| square.sqrt());
+                until(values(), share * values().sum::<f64>(), most)
             }
             Rank::Ratio { ratio, .. } => {
                 let least = squares.first().map_or(0.0, |first| first / (ratio * ratio));
@@ -75,6 +80,18 @@ impl Rank {
             }
         }
     }
+}
+
+/// How many numbers from the first on add up to as much, and whether they do; at most as many as are allowed.
+fn until(numbers: impl Iterator<Item = f64>, wanted: f64, most: usize) -> (usize, bool) {
+    let mut kept = 0.0;
+    for (index, number) in numbers.enumerate().take(most) {
+        kept += number;
+        if kept >= wanted {
+            return (index + 1, true);
+        }
+    }
+    (most, false)
 }
 
 /// How a decomposition is made.
@@ -137,6 +154,27 @@ impl Truncation {
             false => 1.0,
         }
     }
+
+    /// Adds triplets of zeros, up to a rank.
+    pub fn fill(&mut self, rank: usize) {
+        for vectors in [&mut self.left, &mut self.right] {
+            let more = rank.saturating_sub(vectors.nrows());
+            let zeros = Array2::zeros((more, vectors.ncols()));
+            vectors
+                .append(Axis(0), zeros.view())
+                .expect("both have as many columns");
+        }
+        self.values.resize(rank.max(self.values.len()), 0.0);
+    }
+
+    /// Takes triplets from the end, down to a rank.
+    pub fn cut(&mut self, rank: usize) {
+        for vectors in [&mut self.left, &mut self.right] {
+            let rank = rank.min(vectors.nrows());
+            *vectors = vectors.slice(s![..rank, ..]).to_owned();
+        }
+        self.values.truncate(rank);
+    }
 }
 
 /// Below this share of the squared norm, products in f32 do not tell the residual.
@@ -156,9 +194,13 @@ const WIDEST: usize = 64;
 /// # Errors
 /// What forming the matrix gives, and [`crate::Reason::Factorisation`].
 pub fn truncated(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncation> {
+    if let Some((left, right)) = blocks.factors()? {
+        return of_factors(left, right, settings);
+    }
     let side = blocks.rows().min(blocks.columns());
     let most = settings.rank.most(side);
-    if settings.exact || side <= SMALL.max(2 * most) {
+    let whole = settings.exact || matches!(settings.rank, Rank::Sum { .. });
+    if whole || side <= SMALL.max(2 * most) {
         return complete(blocks, settings);
     }
     let mut found = approximated::<f32>(blocks, settings, settings.algebra)?;
@@ -181,6 +223,81 @@ enum Approximated {
     Hard,
 }
 
+/// By the triangles of both factors: no matrix is larger than they are.
+///
+/// `L = Q·R` and `Mᵀ = P·S`, so that `L·M = Q·(R·Sᵀ)·Pᵀ`, and the decomposition of what is between is that of the
+/// product.
+fn of_factors(
+    left: Array2<f64>,
+    right: Array2<f64>,
+    settings: &Settings<'_>,
+) -> Result<Truncation> {
+    let algebra: &dyn Dense<f64> = settings.algebra;
+    let (rows, columns) = (left.nrows(), right.ncols());
+    let side = left.ncols().min(rows).min(columns);
+    if side == 0 {
+        return Ok(Truncation {
+            left: Array2::zeros((0, rows)),
+            right: Array2::zeros((0, columns)),
+            values: Vec::new(),
+            spectrum: Vec::new(),
+            square: 0.0,
+            reached: true,
+            proof: Proof::Complete,
+        });
+    }
+    // A factor that is wider than tall is its own triangle.
+    let triangle = |factor: Array2<f64>| -> Result<(Option<Array2<f64>>, Array2<f64>)> {
+        (settings.check)()?;
+        if factor.nrows() <= factor.ncols() {
+            return Ok((None, factor));
+        }
+        let (q, r) = algebra.thin_qr(factor.view())?;
+        Ok((Some(q), r))
+    };
+    let all = left.iter().chain(&right);
+    finite(all.map(|value| value.abs()).fold(0.0, |a, b| a + b))?;
+    let (q, r) = triangle(left)?;
+    let (p, t) = triangle(right.reversed_axes())?;
+    let mut core = Array2::zeros((r.nrows(), t.nrows()));
+    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place);
+    finite(core.iter().map(|value| value * value).sum())?;
+    (settings.check)()?;
+    let Svd { u, s: values, v } = algebra.thin_svd(core.view())?;
+    let squares: Vec<f64> = values.iter().map(|value| value * value).collect();
+    let square: f64 = squares.iter().sum();
+    let (rank, reached) = settings.rank.choose(&squares, square, side);
+    let rank = telling(&values, rank);
+    let turned = |q: Option<Array2<f64>>, vectors: Array2<f64>| {
+        let vectors = vectors.slice(s![.., ..rank]);
+        let whole = match q {
+            None => vectors.to_owned(),
+            Some(q) => {
+                let mut whole = Array2::zeros((q.nrows(), rank));
+                algebra.multiply(q.view(), vectors, whole.view_mut(), Into::Place);
+                whole
+            }
+        };
+        whole.t().as_standard_layout().into_owned()
+    };
+    Ok(Truncation {
+        left: turned(q, u),
+        right: turned(p, v),
+        values: values[..rank].to_vec(),
+        spectrum: values,
+        square,
+        reached,
+        proof: Proof::Complete,
+    })
+}
+
+/// How many of the first values have directions: those of zeros say nothing.
+fn telling(values: &[f64], rank: usize) -> usize {
+    let floor = values.first().copied().unwrap_or(0.0) * f64::ROUNDOFF;
+    let some = values.iter().take(rank).take_while(|value| **value > floor);
+    some.count()
+}
+
 /// By all singular values.
 fn complete(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncation> {
     let algebra: &dyn Dense<f64> = settings.algebra;
@@ -195,14 +312,7 @@ fn complete(blocks: &dyn Blocks, settings: &Settings<'_>) -> Result<Truncation> 
     let squares: Vec<f64> = found.s.iter().map(|value| value * value).collect();
     let side = rows.min(columns);
     let (rank, reached) = settings.rank.choose(&squares, matrix.square, side);
-    // Directions of zeros say nothing.
-    let floor = found.s.first().copied().unwrap_or(0.0) * f64::ROUNDOFF;
-    let rank = found
-        .s
-        .iter()
-        .take(rank)
-        .take_while(|value| **value > floor)
-        .count();
+    let rank = telling(&found.s, rank);
     let (left, right) = matrix.vectors(&found, rank)?;
     Ok(Truncation {
         left,

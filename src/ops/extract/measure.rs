@@ -1,14 +1,13 @@
 //! One layer: a module is fitted to its difference, rounded, and measured as it would be merged.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use rayon::prelude::*;
 
 use super::pairs::Pair;
 use super::report::{FittedReport, Proved};
-use crate::adapter::fit::{Change, Stored};
-use crate::adapter::{Method, Module, Scale, Update, Workspace};
+use crate::adapter::fit::{Change, Difference, Stored};
+use crate::adapter::{Geometry, Method, Module, Scale, Update, Workspace};
 use crate::error::Result;
 use crate::linalg::Kernel;
 use crate::linalg::truncated::Settings;
@@ -39,9 +38,13 @@ pub(super) fn measured(
     let start = Instant::now();
     let (base, tuned) = (pair.base.settled()?, pair.tuned.settled()?);
     let (base, tuned) = (Stored::new(&base)?, Stored::new(&tuned)?);
-    let change = Change {
+    let sides = Difference {
         base: &base,
         tuned: &tuned,
+    };
+    let change = Change {
+        difference: &sides,
+        sides: Some(&sides),
         geometry: pair.geometry(),
         shape: &pair.base.shape,
         settings,
@@ -53,11 +56,11 @@ pub(super) fn measured(
     let mut parameters = Vec::new();
     for (role, shape, values) in fitted.parameters {
         let bytes = narrowed(dtype, &values).map_err(|e| e.on(&*pair.base.name))?;
-        parameters.push((role, in_memory(&pair.base, dtype, shape, bytes)));
+        parameters.push((role, pair.base.holding(dtype.dtype(), shape, bytes)));
     }
     let module = module(pair, method, parameters, fitted.scale)?;
     (settings.check)()?;
-    let sums = compared(&change, &module)?;
+    let sums = compared(&sides, &change.geometry, &module)?;
     let found = fitted.truncation;
     let norm = sums.change.sqrt();
     let (residual, energy) = (ratio(sums.left.sqrt(), norm), found.energy());
@@ -92,9 +95,13 @@ pub(super) fn spectrum(
     settings: Settings<'_>,
 ) -> Result<Vec<f64>> {
     let (base, tuned) = (pair.base.settled()?, pair.tuned.settled()?);
-    let fitted = method.fit(&Change {
+    let sides = Difference {
         base: &Stored::new(&base)?,
         tuned: &Stored::new(&tuned)?,
+    };
+    let fitted = method.fit(&Change {
+        difference: &sides,
+        sides: Some(&sides),
         geometry: pair.geometry(),
         shape: &pair.base.shape,
         settings,
@@ -121,16 +128,6 @@ pub(super) fn module(
     Ok(module.spelled(spelling))
 }
 
-fn in_memory(like: &Tensor, dtype: Float, shape: Vec<usize>, bytes: Vec<u8>) -> Tensor {
-    let bytes = Arc::new(bytes);
-    let made = like.derived(dtype.dtype(), shape, Arc::new(|| Ok(Vec::new())));
-    Tensor {
-        memory: Some(bytes),
-        made: None,
-        ..made
-    }
-}
-
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole } else { 0.0 }
 }
@@ -149,8 +146,7 @@ struct Sums {
 }
 
 /// What a merge of the module would leave of the change, before it is rounded to the type of the weight.
-fn compared(change: &Change<'_>, module: &Module) -> Result<Sums> {
-    let on = &change.geometry;
+fn compared(sides: &Difference<'_>, on: &Geometry, module: &Module) -> Result<Sums> {
     let mut update = module.method.update(module, on, 1.0)?;
     let kernel = Kernel::best();
     let step = (BLOCK / on.columns.max(1)).max(TILE);
@@ -159,7 +155,7 @@ fn compared(change: &Change<'_>, module: &Module) -> Result<Sums> {
         for first in &starts {
             let rows = *first..(first + step).min(on.rows);
             let mut base = vec![0.0; rows.len() * on.columns];
-            change.base.fill(rows.clone(), &mut base)?;
+            sides.base.fill(rows.clone(), &mut base)?;
             update.survey(rows, &base, kernel)?;
         }
     }
@@ -173,8 +169,8 @@ fn compared(change: &Change<'_>, module: &Module) -> Result<Sums> {
                 buffer.clear();
                 buffer.resize(count, 0.0);
             }
-            change.base.fill(rows.clone(), &mut scratch.base)?;
-            change.tuned.fill(rows.clone(), &mut scratch.tuned)?;
+            sides.base.fill(rows.clone(), &mut scratch.base)?;
+            sides.tuned.fill(rows.clone(), &mut scratch.tuned)?;
             scratch.value.clone_from(&scratch.base);
             update.apply(
                 rows,
