@@ -202,6 +202,7 @@ reasons! {
         Drawing { problem: String } => "it cannot be drawn: {problem}",
         NoDirection { output: usize } => "output {output} is zero, so it has no direction that DoRA could scale",
         NotFitted { method: &'static str } => "{method} cannot be fitted to a change of weights",
+        NotScaled { count: usize } => "{count} modules cannot be scaled without their base",
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
         BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",

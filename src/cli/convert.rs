@@ -1,9 +1,9 @@
 //! `loratool convert`
 
 use clap::Args;
-use loratool::ops::convert::{Options, Report, plan};
+use loratool::ops::convert::{Options, Plan, Report, plan};
 use loratool::ops::merge::Control;
-use loratool::printable;
+use loratool::{Error, printable};
 
 use super::render::{self, Stderr, bytes};
 use super::{Common, LayerNames, Outcome, Path, Type, cancel_flag, prefix, targets};
@@ -30,6 +30,19 @@ pub(super) struct Convert {
     /// The format to write
     #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
     to: String,
+    /// Convert only modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    only: Vec<String>,
+    /// Leave out modules whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    skip: Vec<String>,
+    #[command(flatten)]
+    pub(super) writing: Writing,
+}
+
+/// How an adapter is written.
+#[derive(Args, Debug)]
+pub(super) struct Writing {
     /// A folder, or a file where the format is one file
     #[arg(long, short, value_name = "PATH")]
     output: Path,
@@ -54,12 +67,6 @@ pub(super) struct Convert {
     /// Names of layers, where the format has both
     #[arg(long, value_enum)]
     names: Option<LayerNames>,
-    /// Convert only modules whose path the pattern finds (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    only: Vec<String>,
-    /// Leave out modules whose path the pattern finds (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    skip: Vec<String>,
     /// Replace an existing output, in one step at the end
     #[arg(long)]
     force: bool,
@@ -76,8 +83,20 @@ pub(super) struct Convert {
 impl Convert {
     pub(super) fn run(self) -> Outcome {
         let options = Options {
-            adapter: self.adapter.clone(),
-            to: self.to.clone(),
+            adapter: self.adapter,
+            to: self.to,
+            only: self.only,
+            skip: self.skip,
+            ..self.writing.options()?
+        };
+        self.writing.run(plan(&options)?)
+    }
+}
+
+impl Writing {
+    /// The options of a conversion, less which adapter, what of it, and into what.
+    pub(super) fn options(&self) -> Result<Options, Error> {
+        Ok(Options {
             output: self.output.clone(),
             base: self.base.clone(),
             family: self.family.clone(),
@@ -86,12 +105,14 @@ impl Convert {
             dtype: self.dtype.float(),
             prefix: self.prefix.as_deref().map(prefix),
             names: self.names.map(LayerNames::names),
-            only: self.only.clone(),
-            skip: self.skip.clone(),
             force: self.force,
             read: self.common.reading()?,
-        };
-        let plan = plan(&options)?;
+            ..Options::default()
+        })
+    }
+
+    /// Runs a plan, or prints it.
+    pub(super) fn run(&self, plan: Plan) -> Outcome {
         let stderr = Stderr::new();
         stderr.notices(&plan.report().notices);
         if self.dry_run {

@@ -21,6 +21,7 @@ mod manual;
 mod merge;
 mod plot;
 mod render;
+mod rescale;
 
 use render::Stderr;
 
@@ -36,6 +37,7 @@ struct Cli {
 enum Command {
     Merge(merge::Merge),
     Convert(convert::Convert),
+    Rescale(rescale::Rescale),
     Extract(Box<extract::Extract>),
     Inspect(inspect::Inspect),
     Check(check::Check),
@@ -169,7 +171,8 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
                 .expect("this command was parsed");
             (command.common.json, command.run(matches))
         }
-        Command::Convert(command) => (command.common.json, command.run()),
+        Command::Convert(command) => (command.writing.common.json, command.run()),
+        Command::Rescale(command) => (command.writing.common.json, command.run()),
         Command::Extract(command) => (command.json, command.run()),
         Command::Inspect(command) => (command.common.json, command.run()),
         Command::Check(command) => (command.common.json, command.run()),

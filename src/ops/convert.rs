@@ -99,6 +99,17 @@ pub struct Plan {
 /// # Errors
 /// What reading gives, names that are not unambiguous, and losses that were not allowed, all listed.
 pub fn plan(options: &Options) -> Result<Plan> {
+    planned(options, |adapter| {
+        select(adapter, options)?;
+        Ok(Vec::new())
+    })
+}
+
+/// The same for an adapter that is changed on the way; the change tells what it multiplied into parameters.
+pub(super) fn planned(
+    options: &Options,
+    change: impl FnOnce(&mut Adapter) -> Result<Vec<Loss>>,
+) -> Result<Plan> {
     let target = format(&options.to)?;
     let found = Found::open(&options.adapter)?;
     let source = found.format().map_or("", Format::id);
@@ -108,7 +119,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
     })?;
     found.file.verify()?;
     let base = options.base.as_deref().map(Base::open).transpose()?;
-    select(&mut adapter, options)?;
+    let multiplied = change(&mut adapter)?;
     let metadata = &found.file.directory.metadata;
     let wish = Wish {
         family: options.family.as_deref(),
@@ -142,7 +153,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         tensors: written.tensors.len(),
         bytes: outgoing.bytes()?,
         losses: written.losses.clone(),
-        folded: written.folded.clone(),
+        folded: [&*multiplied, &written.folded].concat(),
         alpha: written.alpha,
         notices: [&*adapter.notices, &written.notices].concat(),
     };

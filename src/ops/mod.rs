@@ -7,3 +7,4 @@ pub mod extract;
 pub mod inspect;
 pub mod merge;
 mod outgoing;
+pub mod rescale;

@@ -635,7 +635,16 @@ fn a_single_expert_is_not_merged_into_a_transposed_stack() {
 
 #[test]
 fn every_command_has_help_with_examples_a_manual_page_and_completions() {
-    for command in ["merge", "inspect", "check", "completions", "man"] {
+    for command in [
+        "merge",
+        "convert",
+        "rescale",
+        "extract",
+        "inspect",
+        "check",
+        "completions",
+        "man",
+    ] {
         let help = text(&loratool(&[command, "--help"]).stdout);
         assert!(
             help.contains("Example") && help.contains(&format!("loratool {command}")),

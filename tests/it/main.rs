@@ -45,6 +45,8 @@ mod output;
 mod overflow;
 mod readme;
 mod real_adapters;
+mod rescale;
+mod sums;
 mod support;
 mod tied;
 mod torch_files;
