@@ -1,6 +1,7 @@
 //! One verb per file: options in, report out. Nothing here names a format or a method, and nothing
 //! prints.
 
+mod budget;
 pub mod check;
 pub mod convert;
 pub mod extract;
@@ -8,3 +9,4 @@ pub mod inspect;
 pub mod merge;
 mod outgoing;
 pub mod rescale;
+mod spool;

@@ -18,12 +18,10 @@ use crate::notice::Notice;
 use crate::pattern::Pattern;
 use crate::tensor::Float;
 
-mod budget;
 mod measure;
 mod pairs;
 mod report;
 mod search;
-mod spool;
 mod whole;
 
 use pairs::Pair;

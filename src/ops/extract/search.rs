@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Instant;
 
-use super::budget::{Candidate, spent};
+use super::super::budget::{Candidate, spent};
+use super::super::spool::Spool;
 use super::measure::{Measured, measured, spectrum};
 use super::pairs::{Pair, Way};
 use super::report::{FittedReport, Proved, Report, Total, WholeReport};
-use super::spool::Spool;
 use super::{Plan, Ranks, whole};
 use crate::adapter::{Adapter, Module};
 use crate::error::{Error, Reason, Result};
