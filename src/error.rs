@@ -195,6 +195,8 @@ reasons! {
         PickleCut => "the pickle ends before it is complete",
         StorageMissing => "the pickle refers to it, but it is not in the file",
         StorageSize { expected: u64, found: u64 } => "the pickle says {expected}, the file {found} bytes or elements",
+        NotUndo => "this is no undo file of a merge",
+        UndoHash => "the undo file is cut or damaged: its hash is not that of its bytes",
         OutsideStorage { bytes: u64 } => "it does not lie within the {bytes} bytes of its storage",
     }
     Unsupported {
@@ -203,6 +205,8 @@ reasons! {
         NoDirection { output: usize } => "output {output} is zero, so it has no direction that DoRA could scale",
         NotFitted { method: &'static str } => "{method} cannot be fitted to a change of weights",
         NotScaled { count: usize } => "{count} modules cannot be scaled without their base",
+        UndoVersion { version: u8 } => "an undo file of version {version}, which this program does not know",
+        NoInverse { count: usize } => "{count} parts of the adapters cannot be taken out again without an undo file",
         NotARegularFile { what: &'static str } => "this is {what}, not a regular file",
         Container { name: &'static str } => "this is a {name}, which cannot be read yet",
         BaseContainer { name: &'static str } => "this is a {name}, which cannot be a base",
@@ -239,6 +243,12 @@ reasons! {
         ConvertType { dtype: String } => "tensors of type {dtype} cannot be converted",
     }
     Mismatch {
+        NotMerged { count: usize } => "{count} tensors are not those that the merge wrote",
+        NotTheAdapter { name: String } => "no adapter that was given is `{name}`, which was merged",
+        AdapterNotMerged => "this adapter is none of those that were merged",
+        OtherStrength { given: f64, merged: f64 } => "it was merged at the strength {merged}, not {given}",
+        OtherPatterns => "it was merged with other strengths by pattern",
+        NotRestored => "what was restored is not what the base held",
         NotTuned { problem: String } => "it was not made from the base: {problem}",
         Unmatched { count: usize } => "{count} tensors of base and tuned checkpoint have no difference",
         Shape { adapter: String, base: String } => "the adapter is for a weight of {adapter}, the base has {base}",

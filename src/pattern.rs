@@ -77,6 +77,11 @@ impl Pattern {
         Self::compile(text, text)
     }
 
+    /// The pattern as it was given.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Compiles a pattern that must match a whole text, as Python's `re.fullmatch`.
     ///
     /// # Errors

@@ -126,13 +126,37 @@ pub struct Tensor {
     /// members of archives); otherwise `offset` says where they lie.
     pub memory: Option<Arc<Vec<u8>>>,
     /// What makes the bytes, where they follow from other tensors.
-    pub made: Option<Made>,
+    pub made: Option<Origin>,
     /// What it is, where it is quantised by blocks; then type and shape are those of its bytes.
     pub blocks: Option<Blocks>,
 }
 
 /// Makes the bytes of a tensor when they are asked for, so that no more than one need be in memory.
 pub type Made = Arc<dyn Fn() -> Result<Vec<u8>> + Send + Sync>;
+
+/// What the bytes of a tensor follow from.
+#[derive(Clone)]
+pub enum Origin {
+    /// They are made all at once.
+    Whole(Made),
+    /// Any of them are made alone.
+    Parts(Arc<dyn Parts>),
+}
+
+/// Makes bytes of a tensor from any place on.
+pub trait Parts: Send + Sync {
+    /// Fills `buffer` with the bytes from `start` on.
+    ///
+    /// # Errors
+    /// What making them gives.
+    fn read(&self, start: usize, buffer: &mut [u8]) -> Result<()>;
+
+    /// Compares the BLAKE3 hash of all bytes with what it must be.
+    ///
+    /// # Errors
+    /// [`Reason::NotRestored`].
+    fn verify(&self, hash: &[u8; 32]) -> Result<()>;
+}
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -158,7 +182,7 @@ impl Tensor {
             input: self.input.clone(),
             offset: 0,
             memory: None,
-            made: Some(made),
+            made: Some(Origin::Whole(made)),
             blocks: None,
         }
     }
@@ -178,7 +202,7 @@ impl Tensor {
     /// # Errors
     /// What making the bytes gives.
     pub fn settled(&self) -> Result<Cow<'_, Self>> {
-        let Some(made) = &self.made else {
+        let Some(Origin::Whole(made)) = &self.made else {
             return Ok(Cow::Borrowed(self));
         };
         let memory = Some(Arc::new(made()?));
@@ -187,6 +211,19 @@ impl Tensor {
             made: None,
             ..self.clone()
         }))
+    }
+
+    /// What makes any of its bytes alone, where something does.
+    pub fn parts(&self) -> Option<&Arc<dyn Parts>> {
+        match &self.made {
+            Some(Origin::Parts(parts)) => Some(parts),
+            _ => None,
+        }
+    }
+
+    /// Whether its bytes lie in its file as they are.
+    pub fn lies_in_file(&self) -> bool {
+        self.memory.is_none() && self.made.is_none()
     }
 
     /// Number of elements.
@@ -250,11 +287,19 @@ impl Tensor {
         if let Some(memory) = &self.memory {
             return Ok(Cow::Borrowed(&memory[start..start + length]));
         }
-        if let Some(made) = &self.made {
-            let mut bytes = made()?;
-            bytes.truncate(start + length);
-            bytes.drain(..start);
-            return Ok(Cow::Owned(bytes));
+        match &self.made {
+            Some(Origin::Whole(made)) => {
+                let mut bytes = made()?;
+                bytes.truncate(start + length);
+                bytes.drain(..start);
+                return Ok(Cow::Owned(bytes));
+            }
+            Some(Origin::Parts(parts)) => {
+                let mut bytes = vec![0; length];
+                parts.read(start, &mut bytes)?;
+                return Ok(Cow::Owned(bytes));
+            }
+            None => {}
         }
         let offset = self.offset + start as u64;
         if let Some(map) = self.input.map()
@@ -272,6 +317,9 @@ impl Tensor {
     /// # Errors
     /// Those of [`Input::read_at`].
     pub fn read(&self, start: usize, buffer: &mut [u8]) -> Result<()> {
+        if let (None, Some(parts)) = (&self.memory, self.parts()) {
+            return parts.read(start, buffer);
+        }
         if self.memory.is_some() || self.made.is_some() {
             buffer.copy_from_slice(&self.bytes_of(start, buffer.len())?);
             return Ok(());

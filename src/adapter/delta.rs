@@ -29,6 +29,33 @@ impl Module {
     }
 }
 
+impl Module {
+    /// Checks that it is made for what it lies on.
+    ///
+    /// # Errors
+    /// [`Reason::FactorShape`].
+    pub fn check_on(&self, on: &Geometry) -> Result<()> {
+        let extent = self.method.extent(self);
+        let (outputs, inputs) = match (extent.as_stored, on.orientation) {
+            (true, _) | (_, Orientation::OutputsFirst) => (on.rows, on.columns),
+            (false, Orientation::InputsFirst) => (on.columns, on.rows),
+        };
+        let fits = match on.part {
+            Part::Weight => (extent.outputs, extent.inputs) == (Some(outputs), Some(inputs)),
+            Part::Bias => extent.outputs == Some(on.rows) && on.columns == 1,
+        };
+        if fits {
+            return Ok(());
+        }
+        let problem = format!(
+            "it is made for {} outputs and {} inputs, not for {outputs} and {inputs}",
+            extent.outputs.unwrap_or(0),
+            extent.inputs.unwrap_or(0)
+        );
+        Err(self.error(Reason::FactorShape { problem }))
+    }
+}
+
 /// Σ factor · (what a module adds), rows × columns of the stored matrix.
 pub struct Delta<'a> {
     parts: Vec<(&'a Module, f64)>,
@@ -49,19 +76,7 @@ impl<'a> Delta<'a> {
                 let (method, what) = (module.method.name(), "a layer without its weight");
                 return Err(module.error(Reason::MethodOnTarget { method, what }));
             }
-            let extent = module.method.extent(module);
-            let (outputs, inputs) = match (extent.as_stored, on.orientation) {
-                (true, _) | (_, Orientation::OutputsFirst) => (on.rows, on.columns),
-                (false, Orientation::InputsFirst) => (on.columns, on.rows),
-            };
-            if (extent.outputs, extent.inputs) != (Some(outputs), Some(inputs)) {
-                let problem = format!(
-                    "it is made for {} outputs and {} inputs, not for {outputs} and {inputs}",
-                    extent.outputs.unwrap_or(0),
-                    extent.inputs.unwrap_or(0)
-                );
-                return Err(module.error(Reason::FactorShape { problem }));
-            }
+            module.check_on(&on)?;
             updates.push(module.method.update(module, &on, *factor)?);
         }
         Ok(Delta {

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::method::{Update, Workspace};
+use super::preimage::Term;
 use crate::error::Result;
 use crate::linalg::Kernel;
 use crate::tensor::{Float, is_finite_at};
@@ -99,7 +100,32 @@ impl Recipe {
         Ok(())
     }
 
-    /// Evaluates the rows `rows`: `source` holds them, `result` takes them.
+    /// What is added to the rows `rows`, where adding is all that happens to them.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    pub fn terms(&self, rows: Range<usize>, kernel: &Kernel) -> Result<Option<Vec<Term>>> {
+        let mut terms = Vec::new();
+        for step in &self.steps {
+            let Some((local, within)) = overlap(&rows, &step.rows) else {
+                continue;
+            };
+            let Some(c) = step.update.multiplier() else {
+                return Ok(None);
+            };
+            let mut chains = vec![0.0; within.len() * self.columns];
+            step.update.chains(local, &mut chains, kernel)?;
+            terms.push(Term {
+                elements: within.start * self.columns..within.end * self.columns,
+                c,
+                chains,
+            });
+        }
+        Ok(Some(terms))
+    }
+
+    /// Evaluates the rows `rows`: `source` holds them, `result` takes them. `terms` are theirs, where they are known
+    /// already.
     ///
     /// # Errors
     /// What reading the parameters gives.
@@ -107,6 +133,7 @@ impl Recipe {
         &self,
         rows: Range<usize>,
         source: Elements<'_>,
+        terms: Option<&[Term]>,
         result: &mut [u8],
         scratch: &mut Scratch,
         kernel: &Kernel,
@@ -121,7 +148,11 @@ impl Recipe {
         kernel.widen(source.float, source.bytes, base);
         value.clear();
         value.extend_from_slice(base);
-        for step in &self.steps {
+        for term in terms.unwrap_or_default() {
+            kernel.accumulate(term.c, &term.chains, &mut value[term.elements.clone()]);
+        }
+        let steps = self.steps.iter().filter(|_| terms.is_none());
+        for step in steps {
             if let Some((local, within)) = overlap(&rows, &step.rows) {
                 let within = within.start * self.columns..within.end * self.columns;
                 step.update.apply(

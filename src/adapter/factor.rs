@@ -154,25 +154,37 @@ impl Product {
     /// # Errors
     /// Those of [`Factor::block`].
     pub fn add(&self, rows: Range<usize>, value: &mut [f64], kernel: &Kernel) -> Result<()> {
-        let columns = self.right.columns();
+        self.add_times(self.c, rows, value, kernel)
+    }
+
+    /// The chains themselves, for the rows of the block.
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn chains(&self, rows: Range<usize>, chains: &mut [f64], kernel: &Kernel) -> Result<()> {
+        // x + (−0) is x for every x, +0 included.
+        chains.fill(-0.0);
+        self.add_times(1.0, rows, chains, kernel)
+    }
+
+    fn add_times(
+        &self,
+        c: f64,
+        rows: Range<usize>,
+        value: &mut [f64],
+        kernel: &Kernel,
+    ) -> Result<()> {
+        let (columns, exact) = (self.right.columns(), self.exact_products);
         let left = self.left.block(rows, 0..self.left.columns())?;
         let left = left.as_standard_layout();
         let left = left.as_slice().expect("standard layout");
         if let Some(panels) = &self.packed {
-            kernel.add_low_rank(left, panels, self.c, self.exact_products, value, 0, columns);
+            kernel.add_low_rank(left, panels, c, exact, value, 0, columns);
             return Ok(());
         }
         for first in (0..columns).step_by(BAND) {
             let panels = self.pack(first..(first + BAND).min(columns))?;
-            kernel.add_low_rank(
-                left,
-                &panels,
-                self.c,
-                self.exact_products,
-                value,
-                first,
-                columns,
-            );
+            kernel.add_low_rank(left, &panels, c, exact, value, first, columns);
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use ndarray::Array2;
+use serde::{Deserialize, Serialize};
 
 use super::fit::{Change, Fitted};
 use super::module::{Module, Role};
@@ -215,7 +216,8 @@ pub enum BiasUse {
 }
 
 /// The tensor of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Part {
     /// The weight.
     Weight,
@@ -224,7 +226,8 @@ pub enum Part {
 }
 
 /// Which axis of the stored matrix is which.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Orientation {
     /// Rows are outputs: Linear, convolutions (inputs and kernel flattened to columns).
     OutputsFirst,
@@ -233,7 +236,7 @@ pub enum Orientation {
 }
 
 /// A stored tensor, or a slice of its rows, seen as a matrix.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Geometry {
     /// Weight or bias.
     pub part: Part,
@@ -285,6 +288,20 @@ pub trait Update: Send + Sync {
     /// What reading the parameters gives.
     fn touches(&self, _row: usize, _column: usize) -> Result<bool> {
         Ok(false)
+    }
+
+    /// `c`, where all that it does to an element is `value = fma(c, chain, value)`: then what was added can be taken
+    /// out again.
+    fn multiplier(&self) -> Option<f64> {
+        None
+    }
+
+    /// The chains of the rows of a block, where it has a multiplier.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn chains(&self, _rows: Range<usize>, _chains: &mut [f64], _kernel: &Kernel) -> Result<()> {
+        Ok(())
     }
 }
 

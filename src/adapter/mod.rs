@@ -14,6 +14,7 @@ pub mod fit;
 mod method;
 mod module;
 mod outputs;
+pub mod preimage;
 pub mod scan;
 
 pub use method::{

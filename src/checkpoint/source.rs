@@ -543,6 +543,13 @@ impl Checkpoint {
         self.weights().chain(documents.map(|read| &read.input))
     }
 
+    /// Every index, with its place in the checkpoint.
+    pub(crate) fn indices(&self) -> impl Iterator<Item = (String, &Arc<Input>)> {
+        let indexed = self.parts.iter();
+        let indexed = indexed.filter_map(|part| Some((part, &part.index.as_ref()?.input)));
+        indexed.map(|(part, input)| (part.place(&file_name(input.path())), input))
+    }
+
     /// The files of tensors, and the maps of them.
     pub(super) fn weights(&self) -> impl Iterator<Item = &Arc<Input>> {
         let indices = self.parts.iter().filter_map(|part| part.index.as_ref());

@@ -1,12 +1,13 @@
 //! `loratool merge`
 
 use clap::{ArgMatches, Args};
+use loratool::Error;
 use loratool::checkpoint::Variant;
-use loratool::ops::merge::{Options, Report, Selection, plan};
-use loratool::{Error, Reason};
+use loratool::ops::merge::{Options, Report, plan};
 
+use super::adapters::Adapters;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Common, Outcome, Path, Type, size};
+use super::{Common, Outcome, Path, Type, kernel, size};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -18,6 +19,7 @@ Examples:
   loratool merge --base llama/ --adapter my-lora/ --output merged/
   loratool merge --base llama/ --adapter a/ --strength 0.7 --adapter b/ --strength -0.3 -o merged/
   loratool merge --base model.safetensors --adapter lora/ --output merged.safetensors --dtype f16
+  loratool merge --base llama/ --adapter my-lora/ --output merged/ --undo merged.undo
   loratool merge --base llama/ --adapter my-lora/ --output merged/ --dry-run
 
 Each --strength and --strength-for belongs to the --adapter before it; a --strength-for
@@ -29,15 +31,8 @@ pub(super) struct Merge {
     /// Which weights, where the base has several (fp16, non_ema; default for those without a name)
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// An adapter folder, or its file of tensors with the configuration beside it (repeatable)
-    #[arg(long, value_name = "PATH", required = true)]
-    adapter: Vec<Path>,
-    /// Multiplier of the adapter before it; negative takes away
-    #[arg(long, value_name = "NUMBER", default_value = "1", allow_negative_numbers = true, visible_aliases = ["weight", "ratio"])]
-    strength: Vec<f64>,
-    /// Strength of modules whose path the pattern finds; the first match counts (repeatable)
-    #[arg(long, value_name = "REGEX=NUMBER")]
-    strength_for: Vec<String>,
+    #[command(flatten)]
+    adapters: Adapters,
     /// Merge only modules whose path the pattern finds (repeatable)
     #[arg(long, value_name = "REGEX")]
     only: Vec<String>,
@@ -53,6 +48,9 @@ pub(super) struct Merge {
     /// Cut the result into shards of at most this size, such as 5GB or 512MiB
     #[arg(long, value_name = "SIZE")]
     shard_size: Option<String>,
+    /// Also write what takes the result back to the base, bit for bit (see `unmerge`)
+    #[arg(long, value_name = "FILE")]
+    undo: Option<Path>,
     /// Replace an existing output, in one step at the end
     #[arg(long)]
     force: bool,
@@ -74,9 +72,6 @@ pub(super) struct Merge {
     #[command(flatten)]
     pub(super) common: Common,
 }
-
-/// Forces an arithmetic kernel by name, so that tests reach all of them.
-const KERNEL: &str = "LORATOOL_KERNEL";
 
 impl Merge {
     pub(super) fn run(self, matches: &ArgMatches) -> Outcome {
@@ -100,68 +95,20 @@ impl Merge {
         Ok(Options {
             base: self.base.clone(),
             variant: self.variant.clone().map_or(Variant::Only, Variant::Named),
-            adapters: self.selections(matches)?,
+            adapters: self.adapters.selections(matches)?,
             output: self.output.clone(),
             only: self.only.clone(),
             skip: self.skip.clone(),
             dtype: self.dtype.float(),
+            undo: self.undo.clone(),
             force: self.force,
             shard_size: self.shard_size.as_deref().map(size).transpose()?,
             threads: self.threads.map(usize::from),
             allow_unmatched: self.allow_unmatched,
             allow_nonfinite: self.allow_nonfinite,
             read: self.common.reading()?,
-            kernel: std::env::var(KERNEL).ok().filter(|name| !name.is_empty()),
+            kernel: kernel(),
         })
-    }
-
-    /// Gives each strength to the adapter before it on the command line.
-    fn selections(&self, matches: &ArgMatches) -> Result<Vec<Selection>, Error> {
-        let given =
-            |name: &str| matches.value_source(name) == Some(clap::parser::ValueSource::CommandLine);
-        let indices = |name: &str| -> Vec<usize> {
-            if given(name) {
-                matches.indices_of(name).into_iter().flatten().collect()
-            } else {
-                Vec::new()
-            }
-        };
-        let adapters = indices("adapter");
-        let owner = |at: usize| adapters.iter().rposition(|adapter| *adapter < at);
-        let mut selections: Vec<Selection> = self
-            .adapter
-            .iter()
-            .map(|path| Selection {
-                path: path.clone(),
-                strength: 1.0,
-                strength_for: Vec::new(),
-            })
-            .collect();
-        let mut strengths = vec![false; selections.len()];
-        for (at, strength) in indices("strength").into_iter().zip(&self.strength) {
-            let wrong = |problem: &str| {
-                let text = format!("--strength {strength}");
-                Error::new(Reason::BadOption {
-                    text,
-                    problem: problem.to_owned(),
-                })
-            };
-            let owner = owner(at).ok_or_else(|| wrong("no --adapter stands before it"))?;
-            if std::mem::replace(&mut strengths[owner], true) {
-                return Err(wrong("the adapter before it has a strength already"));
-            }
-            selections[owner].strength = *strength;
-        }
-        for (at, text) in indices("strength_for").into_iter().zip(&self.strength_for) {
-            let rule = strength_for(text)?;
-            match owner(at) {
-                Some(owner) => selections[owner].strength_for.push(rule),
-                None => selections
-                    .iter_mut()
-                    .for_each(|selection| selection.strength_for.push(rule.clone())),
-            }
-        }
-        Ok(selections)
     }
 
     fn tell(&self, report: &Report) {
@@ -171,19 +118,6 @@ impl Merge {
             print(report);
         }
     }
-}
-
-fn strength_for(text: &str) -> Result<(String, f64), Error> {
-    let wrong = || {
-        let problem = "expected REGEX=NUMBER".to_owned();
-        Error::new(Reason::BadOption {
-            text: format!("--strength-for {text}"),
-            problem,
-        })
-    };
-    let (pattern, number) = text.rsplit_once('=').ok_or_else(wrong)?;
-    let strength: f64 = number.trim().parse().map_err(|_| wrong())?;
-    Ok((pattern.to_owned(), strength))
 }
 
 fn print(report: &Report) {
@@ -242,6 +176,18 @@ fn print(report: &Report) {
             "not finite",
             format!("{} values", grouped(report.not_finite)),
         );
+    }
+    if let Some(undo) = &report.undo {
+        let share = undo
+            .share
+            .map(|share| format!(", {:.3} % of what changed", share * 100.0));
+        let text = format!(
+            "{} ({}{})",
+            undo.path,
+            bytes(undo.bytes),
+            share.unwrap_or_default()
+        );
+        fields.add("undo", text);
     }
     fields.add("disk", bytes(report.disk));
     if report.dry_run {

@@ -13,6 +13,7 @@ use loratool::ops::convert::{Names, targets as written};
 use loratool::tensor::Float;
 use loratool::{Error, Reason};
 
+mod adapters;
 mod check;
 mod convert;
 mod extract;
@@ -22,6 +23,7 @@ mod merge;
 mod plot;
 mod render;
 mod rescale;
+mod unmerge;
 
 use render::Stderr;
 
@@ -36,6 +38,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Merge(merge::Merge),
+    Unmerge(unmerge::Unmerge),
     Convert(convert::Convert),
     Rescale(rescale::Rescale),
     Extract(Box<extract::Extract>),
@@ -164,13 +167,10 @@ pub(crate) fn main() -> ExitCode {
 fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
     loratool::mapped::guard_against_truncation();
     ignore_file_size_signal();
+    let (_, own) = matches.subcommand().expect("a command was parsed");
     let (json, result) = match command {
-        Command::Merge(command) => {
-            let matches = matches
-                .subcommand_matches("merge")
-                .expect("this command was parsed");
-            (command.common.json, command.run(matches))
-        }
+        Command::Merge(command) => (command.common.json, command.run(own)),
+        Command::Unmerge(command) => (command.common.json, command.run(own)),
         Command::Convert(command) => (command.writing.common.json, command.run()),
         Command::Rescale(command) => (command.writing.common.json, command.run()),
         Command::Extract(command) => (command.json, command.run()),
@@ -237,6 +237,13 @@ fn cancel_flag() -> Arc<AtomicBool> {
         }
     }
     flag
+}
+
+/// Forces an arithmetic kernel by name, so that tests reach all of them.
+fn kernel() -> Option<String> {
+    std::env::var("LORATOOL_KERNEL")
+        .ok()
+        .filter(|name| !name.is_empty())
 }
 
 /// A path argument.

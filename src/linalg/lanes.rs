@@ -23,6 +23,7 @@ pub struct Kernel {
     widen: unsafe fn(Float, &[u8], &mut [f64]),
     narrow: unsafe fn(Float, &[f64], &mut [u8]),
     survey: unsafe fn(&[f64], &[f64], f64) -> Survey,
+    accumulate: unsafe fn(f64, &[f64], &mut [f64]),
 }
 
 /// What one pass over a row of base and value tells.
@@ -162,6 +163,14 @@ impl Kernel {
         // SAFETY: `available` was asked.
         unsafe { (self.survey)(base, value, limit) }
     }
+
+    /// `value[i] = fma(c, chain[i], value[i])`.
+    pub fn accumulate(&self, c: f64, chain: &[f64], value: &mut [f64]) {
+        assert!((self.available)());
+        assert_eq!(chain.len(), value.len());
+        // SAFETY: `available` was asked.
+        unsafe { (self.accumulate)(c, chain, value) }
+    }
 }
 
 /// A magnitude as an integer, NaN above everything.
@@ -219,6 +228,13 @@ fn survey(base: &[f64], value: &[f64], limit: f64) -> Survey {
     let mut pass = Pass::new(limit);
     pass.add(base, value);
     pass.survey()
+}
+
+#[inline(always)]
+fn accumulate(c: f64, chain: &[f64], value: &mut [f64]) {
+    for (value, chain) in value.iter_mut().zip(chain) {
+        *value = c.mul_add(*chain, *value);
+    }
 }
 
 /// One link of a chain: `a · b + acc`, rounded once.
@@ -295,6 +311,7 @@ const PORTABLE: Kernel = Kernel {
     widen: tensor::widen,
     narrow: tensor::narrow,
     survey,
+    accumulate,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -314,6 +331,7 @@ mod x86 {
         widen: widen_avx2,
         narrow: narrow_avx2,
         survey: survey_avx2,
+        accumulate: accumulate_avx2,
     };
 
     pub(super) const AVX512: Kernel = Kernel {
@@ -329,6 +347,7 @@ mod x86 {
         widen: widen_avx512,
         narrow: narrow_avx512,
         survey: survey_avx512,
+        accumulate: accumulate_avx512,
     };
 
     #[target_feature(enable = "avx2,fma")]
@@ -339,6 +358,16 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     fn narrow_avx2(float: Float, values: &[f64], bytes: &mut [u8]) {
         tensor::narrow(float, values, bytes);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn accumulate_avx2(c: f64, chain: &[f64], value: &mut [f64]) {
+        super::accumulate(c, chain, value);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn accumulate_avx512(c: f64, chain: &[f64], value: &mut [f64]) {
+        super::accumulate(c, chain, value);
     }
 
     #[target_feature(enable = "avx2,fma")]

@@ -218,4 +218,16 @@ impl Update for Add {
         let difference = self.difference.block(row..row + 1, column..column + 1)?;
         Ok(self.strength != 0.0 && difference[(0, 0)] != 0.0)
     }
+
+    fn multiplier(&self) -> Option<f64> {
+        Some(self.strength)
+    }
+
+    fn chains(&self, rows: Range<usize>, chains: &mut [f64], _kernel: &Kernel) -> Result<()> {
+        let difference = self.difference.block(rows, 0..self.difference.columns())?;
+        for (chain, difference) in chains.iter_mut().zip(&difference) {
+            *chain = *difference;
+        }
+        Ok(())
+    }
 }

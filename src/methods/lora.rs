@@ -771,4 +771,12 @@ impl Update for Sum {
     fn touches(&self, row: usize, column: usize) -> Result<bool> {
         self.0.touches(row, column)
     }
+
+    fn multiplier(&self) -> Option<f64> {
+        Some(self.0.c())
+    }
+
+    fn chains(&self, rows: Range<usize>, chains: &mut [f64], kernel: &Kernel) -> Result<()> {
+        self.0.chains(rows, chains, kernel)
+    }
 }

@@ -10,3 +10,6 @@ pub mod merge;
 mod outgoing;
 pub mod rescale;
 mod spool;
+pub(crate) mod threads;
+pub(crate) mod undo;
+pub mod unmerge;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::merge::Control;
 use super::outgoing::{Base, Outgoing, Wish, format, shape, write};
+use super::threads;
 use crate::adapter::{Adapter, Method};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Destination;
@@ -400,13 +401,7 @@ impl Plan {
     fn searched(&self, control: &Control<'_>) -> Result<(Outgoing, Report)> {
         let destination = self.destination(control)?;
         let folder = destination.target().parent().unwrap_or(Path::new("."));
-        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let threads = self.options.threads.unwrap_or_else(cores).clamp(1, 256);
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        let pool = pool.map_err(|e| {
-            let problem = e.to_string();
-            Error::new(Reason::ThreadPool { problem })
-        })?;
+        let pool = threads::pool(self.options.threads)?;
         pool.install(|| Search::new(self, control).run(folder))
     }
 }

@@ -151,7 +151,7 @@ impl<'a> Search<'a> {
         let pairs = &self.plan.pairs;
         for next in pairs.iter().skip(index + 1).take(2) {
             for tensor in [&next.base, &next.tuned] {
-                if tensor.memory.is_none() && tensor.made.is_none() {
+                if tensor.lies_in_file() {
                     tensor.input.will_need(tensor.offset, tensor.length);
                 }
             }

@@ -15,16 +15,18 @@ mod embeddings;
 mod layout;
 mod missing;
 mod padding;
+pub(crate) mod pipeline;
 mod place;
 mod plan;
 mod planner;
+mod record;
 mod replication;
 mod report;
 mod run;
 
 pub(crate) use place::{architecture, attention, layout, stores_inputs_first};
-pub(crate) use plan::holds_an_adapter;
 pub use plan::{Plan, PlannedModule, PlannedTensor};
+pub(crate) use plan::{Restored, holds_an_adapter, kernel, plan_onto};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 
 /// What to merge into what, and what to accept.
@@ -44,6 +46,8 @@ pub struct Options {
     pub skip: Vec<String>,
     /// Type of all floating tensors of the output; each tensor's own if absent.
     pub dtype: Option<Float>,
+    /// Writes beside it what takes the result back to the base, bit for bit.
+    pub undo: Option<PathBuf>,
     /// Replaces an existing output.
     pub force: bool,
     /// Largest shard of the output, in bytes of tensor data; the base's shards if absent.

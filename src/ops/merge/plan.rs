@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::planner::{self, Placed};
-use super::{Options, layout};
+use super::{Options, layout, record};
 use crate::adapter::scan::{self, Scan};
 use crate::adapter::{Adapter, Geometry, Module};
 use crate::checkpoint::companions::{Companions, companions, has_tokenizer};
@@ -17,7 +17,9 @@ use crate::containers::Entry;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found};
 use crate::linalg::Kernel;
+use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
+use crate::ops::undo::Frame;
 use crate::pattern::Pattern;
 use crate::tensor::{DType, Float, Tensor, is_floating};
 
@@ -33,6 +35,10 @@ pub struct Plan {
     pub(super) shape: Shape,
     pub(super) notices: Vec<Notice>,
     pub(super) left_out: Vec<String>,
+    /// Where the tensors of the base lie in its files, if that is to be written down.
+    pub(super) frames: Vec<Frame>,
+    /// What a restored base is made from; nothing where the base is there.
+    pub(super) behind: Vec<Arc<Input>>,
 }
 
 /// An adapter that was opened and read.
@@ -84,12 +90,14 @@ pub struct PlannedModule {
     pub geometry: Geometry,
     /// Whether the base spells its name otherwise.
     pub renamed: bool,
-    /// The module of these rows alone, where they are not all of its outputs in order.
+    /// The outputs of the module that these rows are, where they are not all of them in order.
+    pub outputs: Option<Vec<Range<usize>>>,
+    /// The module of these outputs alone.
     pub(super) taken: Option<Arc<Module>>,
 }
 
 impl PlannedTensor {
-    pub(super) fn of(tensor: &Tensor, name: String, shard: usize) -> Self {
+    pub(crate) fn of(tensor: &Tensor, name: String, shard: usize) -> Self {
         PlannedTensor {
             name,
             shape: tensor.shape.clone(),
@@ -138,9 +146,39 @@ impl PlannedTensor {
         }
     }
 }
+
+/// A base that need not lie in files as it is read.
+pub(crate) struct Restored {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) frames: Vec<Frame>,
+    pub(crate) behind: Vec<Arc<Input>>,
+}
+
 pub(super) fn plan(options: &Options) -> Result<Plan> {
-    let kernel = kernel(options)?;
-    let base = open_base(options)?;
+    let checkpoint = open_base(options)?;
+    let frames = match options.undo {
+        Some(_) => Frame::of(&checkpoint),
+        None => Vec::new(),
+    };
+    let base = Restored {
+        checkpoint,
+        frames,
+        behind: Vec::new(),
+    };
+    plan_onto(options, base)
+}
+
+/// Plans onto a base that is open.
+///
+/// # Errors
+/// As [`super::plan`].
+pub(crate) fn plan_onto(options: &Options, base: Restored) -> Result<Plan> {
+    let kernel = kernel(options.kernel.as_deref())?;
+    let Restored {
+        checkpoint: base,
+        frames,
+        behind,
+    } = base;
     let adapters = open_adapters(options)?;
     let Placed {
         tensors,
@@ -180,9 +218,12 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         shape,
         notices,
         left_out,
+        frames,
+        behind,
     };
     plan.destination(Faults::default())?
         .check_space(plan.disk_needed())?;
+    plan.undo_destination(Faults::default())?;
     Ok(plan)
 }
 
@@ -251,42 +292,51 @@ impl Plan {
         }
     }
 
+    /// The files and folders that are read.
+    fn places(&self) -> Vec<&Path> {
+        let files = self.base.inputs().chain(&self.behind);
+        let folders = self.adapters.iter().flat_map(|opened| {
+            let path = opened.found.path.as_path();
+            let files = opened.found.inputs().map(|input| input.path());
+            files.chain(path.is_dir().then_some(path))
+        });
+        let bases = [self.base.path.as_path(), &self.options.base].into_iter();
+        bases
+            .chain(files.map(|input| input.path()))
+            .chain(folders)
+            .collect()
+    }
+
     /// The output path, checked again.
     pub(super) fn destination(&self, faults: Faults) -> Result<Destination> {
-        let files = self.base.inputs().map(|input| input.path());
-        let folders = self.adapters.iter().flat_map(|opened| {
-            let folder = opened
-                .found
-                .path
-                .is_dir()
-                .then_some(opened.found.path.as_path());
-            opened
-                .found
-                .inputs()
-                .map(|input| input.path())
-                .chain(folder)
-        });
-        let inputs: Vec<&Path> = std::iter::once(self.base.path.as_path())
-            .chain(files)
-            .chain(folders)
-            .collect();
         Destination::check(
             &self.options.output,
             self.shape,
             self.options.force,
-            inputs,
+            self.places(),
             faults,
         )
     }
+
+    /// Where the undo file goes, if one is wanted.
+    pub(super) fn undo_destination(&self, faults: Faults) -> Result<Option<Destination>> {
+        let undo = self.options.undo.as_deref();
+        undo.map(|undo| record::destination(self, undo, &self.places(), faults))
+            .transpose()
+    }
 }
 
-fn kernel(options: &Options) -> Result<&'static Kernel> {
-    match &options.kernel {
+/// The kernel of a name, or the fastest.
+///
+/// # Errors
+/// [`Reason::BadOption`].
+pub(crate) fn kernel(name: Option<&str>) -> Result<&'static Kernel> {
+    match name {
         None => Ok(Kernel::best()),
         Some(name) => Kernel::named(name).ok_or_else(|| {
             let problem = "this machine has no such kernel".to_owned();
             Error::new(Reason::BadOption {
-                text: name.clone(),
+                text: name.to_owned(),
                 problem,
             })
         }),

@@ -393,6 +393,7 @@ impl<'a> Planner<'a> {
                 rows: area.rows.clone(),
                 geometry,
                 renamed,
+                outputs: area.outputs.clone(),
                 taken,
             };
             let twice = tensor.modules.iter().find(|other| {
@@ -503,6 +504,7 @@ impl<'a> Planner<'a> {
                 rows,
                 geometry,
                 renamed,
+                outputs: area.outputs.clone(),
                 taken,
             });
         }

@@ -50,6 +50,9 @@ pub struct Report {
     pub memory: u64,
     /// Bytes of the output.
     pub disk: u64,
+    /// The undo file; after a run only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub undo: Option<UndoReport>,
     /// Worker threads.
     pub threads: usize,
     /// The arithmetic kernel.
@@ -59,6 +62,28 @@ pub struct Report {
     pub seconds: Option<f64>,
     /// What is odd.
     pub notices: Vec<Notice>,
+}
+
+/// What takes a result back to its base.
+#[derive(Clone, Debug, Serialize)]
+pub struct UndoReport {
+    /// Its path.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its length by that of the tensors that changed.
+    pub share: Option<f64>,
+}
+
+impl UndoReport {
+    pub(super) fn new(plan: &Plan, bytes: u64, merged: u64) -> Self {
+        let path = plan.options.undo.as_deref();
+        UndoReport {
+            path: path.map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+            bytes,
+            share: (merged > 0).then(|| bytes as f64 / merged as f64),
+        }
+    }
 }
 
 /// An adapter of a merge.
@@ -186,6 +211,7 @@ impl Report {
             disk: plan.disk_needed(),
             threads,
             kernel: plan.kernel.name.to_owned(),
+            undo: None,
             seconds: None,
             notices: plan.notices.clone(),
         }
@@ -262,6 +288,6 @@ fn memory(plan: &Plan, threads: usize) -> u64 {
         .tensors()
         .filter_map(|tensor| Some(tensor.memory.as_ref()?.len() as u64))
         .sum();
-    let blocks = threads as u64 * 4 * 8 * widest.max(super::run::BLOCK as u64);
-    gathered + factors + blocks + 4 * (super::run::CHUNK as u64 + widest * 8)
+    let blocks = threads as u64 * 4 * 8 * widest.max(super::pipeline::BLOCK as u64);
+    gathered + factors + blocks + 4 * (super::pipeline::CHUNK as u64 + widest * 8)
 }

@@ -1,48 +1,27 @@
-//! The run: reading, arithmetic and writing overlap, in memory bounded by a few chunks.
-//!
-//! One thread writes; the others evaluate blocks of rows of the next chunk, each reading its own rows.
-//! Chunks and blocks are cut by shape alone, so neither bytes nor sums depend on the number of threads.
+//! The run: files of tensors, the files beside them, then all of it at once into its place.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::path::PathBuf;
 use std::time::Instant;
-
-use rayon::prelude::*;
 
 use super::Control;
 use super::layout::File;
-use super::plan::{Plan, PlannedTensor};
-use super::report::Report;
-use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
+use super::pipeline::{self, Pipeline, Settings};
+use super::plan::{Plan, PlannedModule, PlannedTensor};
+use super::record::Recorder;
+use super::report::{Report, UndoReport};
+use crate::adapter::evaluate::{Step, Sums};
 use crate::checkpoint::config;
-use crate::checkpoint::sink::{OutputFile, Shape, Sink};
+use crate::checkpoint::sink::{Shape, Sink};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
-use crate::mapped::Input;
-use crate::tensor::{DType, Float, Tensor};
-
-/// Bytes of output that are computed before they are handed to the writer.
-pub(super) const CHUNK: usize = 8 << 20;
-
-/// Elements that one task evaluates: base and value in f64 stay in the second-level cache.
-pub(super) const BLOCK: usize = 32 << 10;
-
-/// Rows that a block has at least: the kernels work on tiles of eight.
-const TILE: usize = 8;
-
-/// Chunks that wait for the writer, so that a slow moment of the disk does not stop the arithmetic.
-const QUEUE: usize = 3;
-
-/// Longest copy between two looks at the cancel flag.
-const COPY: u64 = 64 << 20;
+use crate::ops::threads;
+use crate::tensor::Tensor;
 
 impl Plan {
     /// Tells what a run would do.
     pub fn report(&self) -> Report {
-        Report::of(self, threads(self))
+        Report::of(self, threads::count(self.options.threads))
     }
 
     /// Runs the plan.
@@ -54,20 +33,16 @@ impl Plan {
         let destination = self.destination(control.faults.clone())?;
         destination.check_space(self.disk_needed())?;
         let sink = destination.begin()?;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads(self))
-            .build()
-            .map_err(|e| {
-                Error::new(Reason::ThreadPool {
-                    problem: e.to_string(),
-                })
-            })?;
-        for shard in &self.base.shards {
+        let undo = self.undo_destination(control.faults.clone())?;
+        let pool = threads::pool(self.options.threads)?;
+        // What is restored has no checksums but its own.
+        for shard in self.base.shards.iter().filter(|_| self.behind.is_empty()) {
             shard.file.verify_while(&|| control.check())?;
         }
         let mut run = Run {
             plan: self,
             control,
+            recorder: undo.map(|undo| Recorder::new(self, undo)).transpose()?,
             total: self.disk_needed(),
             done: 0,
             sums: Vec::new(),
@@ -75,8 +50,19 @@ impl Plan {
         let written = pool.install(|| run.files(&sink))?;
         run.companions(&sink)?;
         run.indices(&sink)?;
+        let recorded = run.recorder.take().map(|recorder| {
+            let merged = recorder.merged;
+            let (sink, bytes) = pool.install(|| recorder.finish())?;
+            Ok((sink, UndoReport::new(self, bytes, merged)))
+        });
+        let recorded: Option<(Sink, UndoReport)> = recorded.transpose()?;
         verify(self, &written)?;
         control.check()?;
+        // A result without what undoes it is never there.
+        let undo = match recorded {
+            Some((sink, report)) => sink.publish().map(|()| Some(report))?,
+            None => None,
+        };
         sink.publish()?;
         control.progress(run.total, run.total);
         let mut report = self.report();
@@ -84,14 +70,10 @@ impl Plan {
         report.not_finite = run.sums.iter().map(|(_, sums)| sums.not_finite).sum();
         report.notices.extend(base_notices(&run.sums));
         report.set_changes(&run.sums);
+        report.undo = undo;
         report.seconds = Some(start.elapsed().as_secs_f64());
         Ok(report)
     }
-}
-
-fn threads(plan: &Plan) -> usize {
-    let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    plan.options.threads.unwrap_or_else(cores).clamp(1, 256)
 }
 
 fn base_notices(sums: &[(String, Sums)]) -> Vec<crate::notice::Notice> {
@@ -109,7 +91,7 @@ fn base_notices(sums: &[(String, Sums)]) -> Vec<crate::notice::Notice> {
 }
 
 /// Reads the headers back, and checks that no input changed meanwhile.
-fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
+fn verify(plan: &Plan, written: &[PathBuf]) -> Result<()> {
     let adapters = plan
         .adapters
         .iter()
@@ -119,7 +101,8 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
         .copied
         .iter()
         .map(|companion| &companion.input);
-    for input in plan.base.inputs().chain(adapters).chain(companions) {
+    let base = plan.base.inputs().chain(&plan.behind);
+    for input in base.chain(adapters).chain(companions) {
         input.verify_unchanged()?;
     }
     for (file, path) in plan.files.iter().zip(written) {
@@ -150,218 +133,83 @@ fn verify(plan: &Plan, written: &[std::path::PathBuf]) -> Result<()> {
 struct Run<'a> {
     plan: &'a Plan,
     control: &'a Control<'a>,
+    recorder: Option<Recorder<'a>>,
     total: u64,
     done: u64,
     sums: Vec<(String, Sums)>,
 }
 
-/// What the writer is told, in order.
-enum Message {
-    Begin(OutputFile),
-    Bytes(Vec<u8>),
-    Copy(Arc<Input>, u64, u64),
-    End,
-}
-
-/// The computing side of the channel to the writer.
-struct Writer {
-    messages: SyncSender<Message>,
-    buffers: Receiver<Vec<u8>>,
-}
-
-impl Writer {
-    /// Fails if the writer stopped; its own error is found when it is joined.
-    fn send(&self, message: Message) -> Result<()> {
-        self.messages
-            .send(message)
-            .map_err(|_| Error::new(Reason::Write))
-    }
-
-    /// A buffer that the writer is done with, or a new one.
-    fn buffer(&self, length: usize) -> Vec<u8> {
-        let mut buffer = self.buffers.try_recv().unwrap_or_default();
-        buffer.resize(length, 0);
-        buffer
-    }
-}
-
 impl Run<'_> {
     /// Writes all files of tensors and returns their hidden paths.
-    fn files(&mut self, sink: &Sink) -> Result<Vec<std::path::PathBuf>> {
-        let (messages, inbox) = sync_channel(QUEUE);
-        let (returns, buffers) = channel();
-        std::thread::scope(|scope| {
-            let writer = scope.spawn(move || write(&inbox, &returns));
-            let outbox = Writer { messages, buffers };
-            let computed = self.compute(sink, &outbox);
-            drop(outbox);
-            let written = writer
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            // The writer's error is the cause of ours, if it has one.
-            let written = written?;
-            computed.map(|()| written)
-        })
+    fn files(&mut self, sink: &Sink) -> Result<Vec<PathBuf>> {
+        let settings = Settings {
+            control: self.control,
+            kernel: self.plan.kernel,
+            allow_nonfinite: self.plan.options.allow_nonfinite,
+            base: &self.plan.base.path,
+            total: self.total,
+        };
+        let (done, written) = pipeline::run(settings, |pipeline| {
+            for file in &self.plan.files {
+                pipeline.begin(sink.create(&file.name)?)?;
+                pipeline.bytes(file.header.bytes.clone())?;
+                self.tensors(file, pipeline)?;
+                pipeline.end()?;
+            }
+            Ok(pipeline.done())
+        })?;
+        self.done = done;
+        Ok(written)
     }
 
-    fn compute(&mut self, sink: &Sink, writer: &Writer) -> Result<()> {
-        let plan = self.plan;
-        for file in &plan.files {
-            writer.send(Message::Begin(sink.create(&file.name)?))?;
-            writer.send(Message::Bytes(file.header.bytes.clone()))?;
-            self.advance(file.header.bytes.len() as u64)?;
-            self.tensors(file, writer)?;
-            writer.send(Message::End)?;
-        }
-        Ok(())
-    }
-
-    fn tensors(&mut self, file: &File, writer: &Writer) -> Result<()> {
-        // Neighbours in the base that stay neighbours are copied in one go.
-        let mut pending: Option<(Arc<Input>, Range<u64>)> = None;
+    fn tensors(&mut self, file: &File, pipeline: &mut Pipeline<'_>) -> Result<()> {
         for tensor in &file.tensors {
-            if let (true, Some(memory)) = (tensor.is_copy(), &tensor.source.memory) {
-                self.copy(pending.take(), writer)?;
-                writer.send(Message::Bytes(memory.to_vec()))?;
-                self.advance(tensor.bytes())?;
-            } else if tensor.is_copy() {
-                let source = &tensor.source;
-                let range = source.offset..source.offset + source.length;
-                match &mut pending {
-                    Some((input, open))
-                        if Arc::ptr_eq(input, &source.input) && open.end == range.start =>
-                    {
-                        open.end = range.end;
+            let source = &tensor.source;
+            if tensor.is_copy() && source.parts().is_none() {
+                match source.lies_in_file() {
+                    true => {
+                        let range = source.offset..source.offset + source.length;
+                        pipeline.copy(&source.input, range)?;
                     }
-                    _ => {
-                        self.copy(pending.take(), writer)?;
-                        pending = Some((source.input.clone(), range));
-                    }
+                    false => pipeline.bytes(source.bytes()?.into_owned())?,
+                }
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.copied(tensor)?;
                 }
             } else {
-                self.copy(pending.take(), writer)?;
-                let sums = self.evaluate(tensor, writer)?;
-                self.sums.push((tensor.name.clone(), sums));
+                let steps = self.steps(tensor)?;
+                let recorder = self.recorder.as_mut();
+                let mut recorder = recorder.filter(|recorder| recorder.wants(tensor));
+                let undo = recorder.as_mut().map(|recorder| &mut recorder.writer);
+                let (sums, record) = pipeline.evaluate(tensor, steps, undo)?;
+                if let (Some(recorder), Some(record)) = (recorder, record) {
+                    recorder.evaluated(tensor, record);
+                }
+                if !tensor.is_copy() {
+                    self.sums.push((tensor.name.clone(), sums));
+                }
             }
             let padding = file.padding(tensor);
             if padding > 0 {
-                self.copy(pending.take(), writer)?;
-                writer.send(Message::Bytes(vec![0; padding as usize]))?;
-                self.advance(padding)?;
+                pipeline.bytes(vec![0; padding as usize])?;
             }
-        }
-        self.copy(pending, writer)
-    }
-
-    fn copy(&mut self, pending: Option<(Arc<Input>, Range<u64>)>, writer: &Writer) -> Result<()> {
-        let Some((input, range)) = pending else {
-            return Ok(());
-        };
-        let mut at = range.start;
-        while at < range.end {
-            let length = (range.end - at).min(COPY);
-            writer.send(Message::Copy(input.clone(), at, length))?;
-            at += length;
-            self.advance(length)?;
         }
         Ok(())
     }
 
-    fn evaluate(&mut self, tensor: &PlannedTensor, writer: &Writer) -> Result<Sums> {
-        let plan = self.plan;
-        let source = Source::of(tensor)?;
-        let to = float(tensor.dtype, &tensor.source)?;
-        let (rows, columns) = tensor.matrix();
-        let mut steps = Vec::new();
+    /// What happens to a tensor, in order.
+    fn steps(&self, tensor: &PlannedTensor) -> Result<Vec<Step>> {
         // At strength 0 any method is the base, even where its own formula would have no value.
-        for planned in tensor.modules.iter().filter(|m| m.strength != 0.0) {
-            let module = plan.module(planned);
-            let update = module
-                .method
-                .update(module, &planned.geometry, planned.strength)?;
-            steps.push(Step {
+        let modules = tensor.modules.iter().filter(|m| m.strength != 0.0);
+        let step = |planned: &PlannedModule| {
+            let module = self.plan.module(planned);
+            let (on, strength) = (&planned.geometry, planned.strength);
+            Ok(Step {
                 rows: planned.rows.clone(),
-                update,
-            });
-        }
-        let mut recipe = Recipe { columns, to, steps };
-        let height = (BLOCK / columns.max(1)).max(TILE);
-        if recipe.surveys() {
-            self.survey(&mut recipe, &source, rows, height)?;
-        }
-        let row_bytes = columns * to.size();
-        let chunk_rows = (CHUNK / row_bytes.max(1)).max(1).next_multiple_of(height);
-        let mut total = Sums::default();
-        for first in (0..rows).step_by(chunk_rows) {
-            let count = chunk_rows.min(rows - first);
-            let mut buffer = writer.buffer(count * row_bytes);
-            let blocks: Vec<Sums> = buffer
-                .par_chunks_mut((height * row_bytes).max(1))
-                .enumerate()
-                .map(|(index, result)| {
-                    let start = first + index * height;
-                    let rows = start..start + result.len() / row_bytes;
-                    SCRATCH.with_borrow_mut(|(bytes, scratch)| {
-                        let mut sums = Sums::default();
-                        let mut rest = result;
-                        for (rows, float) in source.runs(rows) {
-                            let result = rest.split_off_mut(..rows.len() * row_bytes);
-                            let result = result.expect("the runs are the rows of the block");
-                            source.read(rows.clone(), float, columns, bytes)?;
-                            let source = Elements { float, bytes };
-                            sums.add(&recipe.evaluate(
-                                rows,
-                                source,
-                                result,
-                                scratch,
-                                plan.kernel,
-                            )?);
-                        }
-                        Ok(sums)
-                    })
-                })
-                .collect::<Result<_>>()?;
-            blocks.iter().for_each(|sums| total.add(sums));
-            if total.not_finite > 0 && !plan.options.allow_nonfinite {
-                // Nothing more is written, but the count is that of the whole tensor.
-                self.control.check()?;
-                continue;
-            }
-            let length = buffer.len() as u64;
-            writer.send(Message::Bytes(buffer))?;
-            self.advance(length)?;
-        }
-        if total.not_finite > 0 && !plan.options.allow_nonfinite {
-            let (row, column) = total.first.unwrap_or_default();
-            let reason = Reason::ValuesNotFinite {
-                count: total.not_finite,
-                first: place(tensor, row, column),
-            };
-            return Err(Error::new(reason)
-                .in_file(&plan.base.path)
-                .on(&*tensor.name));
-        }
-        Ok(total)
-    }
-
-    fn survey(
-        &self,
-        recipe: &mut Recipe,
-        source: &Source<'_>,
-        rows: usize,
-        height: usize,
-    ) -> Result<()> {
-        let mut bytes = Vec::new();
-        for first in (0..rows).step_by(height) {
-            self.control.check()?;
-            let rows = first..(first + height).min(rows);
-            for (rows, float) in source.runs(rows) {
-                source.read(rows.clone(), float, recipe.columns, &mut bytes)?;
-                let bytes = &bytes;
-                recipe.survey(rows, Elements { float, bytes }, self.plan.kernel)?;
-            }
-        }
-        Ok(())
+                update: module.method.update(module, on, strength)?,
+            })
+        };
+        modules.map(step).collect()
     }
 
     fn companions(&mut self, sink: &Sink) -> Result<()> {
@@ -418,111 +266,4 @@ impl Run<'_> {
         self.control.progress(self.done.min(self.total), self.total);
         self.control.check()
     }
-}
-
-thread_local! {
-    static SCRATCH: RefCell<(Vec<u8>, Scratch)> = RefCell::default();
-}
-
-/// The writer: one thread, strictly in order.
-fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<std::path::PathBuf>> {
-    let mut open: Option<OutputFile> = None;
-    let mut finished = Vec::new();
-    for message in inbox {
-        match (message, &mut open) {
-            (Message::Begin(file), open) => *open = Some(file),
-            (Message::Bytes(bytes), Some(file)) => {
-                file.write(&bytes)?;
-                // The other side may be gone already.
-                let _ = returns.send(bytes);
-            }
-            (Message::Copy(input, offset, length), Some(file)) => {
-                file.copy(&input, offset, length)?
-            }
-            (Message::End, open) => {
-                if let Some(file) = open.take() {
-                    finished.push(file.finish()?);
-                }
-            }
-            (_, None) => unreachable!("a file begins before its bytes"),
-        }
-    }
-    Ok(finished)
-}
-
-/// Where the rows of a tensor come from.
-struct Source<'a> {
-    tensor: &'a PlannedTensor,
-    /// The type of all rows but those that an adapter brings in another one.
-    float: Float,
-}
-
-impl<'a> Source<'a> {
-    fn of(tensor: &'a PlannedTensor) -> Result<Self> {
-        let float = float(tensor.source.dtype, &tensor.source)?;
-        for (rows, _) in tensor.rows.values() {
-            rows.float()?;
-        }
-        Ok(Source { tensor, float })
-    }
-
-    /// Rows cut into runs of one type.
-    fn runs(&self, rows: Range<usize>) -> Vec<(Range<usize>, Float)> {
-        let mut runs = Vec::new();
-        let mut start = rows.start;
-        for (row, (tensor, _)) in self.tensor.rows.range(rows.clone()) {
-            if let Some(float) = Float::of(tensor.dtype)
-                && float != self.float
-            {
-                runs.push((start..*row, self.float));
-                runs.push((*row..row + 1, float));
-                start = row + 1;
-            }
-        }
-        runs.push((start..rows.end, self.float));
-        runs.retain(|(rows, _)| !rows.is_empty());
-        runs
-    }
-
-    /// Reads a run.
-    fn read(
-        &self,
-        rows: Range<usize>,
-        float: Float,
-        columns: usize,
-        bytes: &mut Vec<u8>,
-    ) -> Result<()> {
-        let row_bytes = columns * float.size();
-        bytes.resize(rows.len() * row_bytes, 0);
-        if float == self.float {
-            let source = &self.tensor.source;
-            source.read(rows.start * row_bytes, bytes)?;
-        }
-        for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
-            let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
-            let at = (row - rows.start) * row_bytes;
-            bytes[at..at + row_bytes].copy_from_slice(&new);
-        }
-        Ok(())
-    }
-}
-
-fn float(dtype: DType, tensor: &Tensor) -> Result<Float> {
-    Float::of(dtype).ok_or_else(|| {
-        tensor.error(Reason::TensorType {
-            dtype: dtype.to_string(),
-        })
-    })
-}
-
-/// The index of an element in the tensor's own shape.
-fn place(tensor: &PlannedTensor, row: usize, column: usize) -> String {
-    let mut flat = row * tensor.matrix().1 + column;
-    let mut index = Vec::new();
-    for size in tensor.shape.iter().rev() {
-        index.push(flat % size.max(&1));
-        flat /= size.max(&1);
-    }
-    index.reverse();
-    format!("{index:?}")
 }

@@ -111,7 +111,7 @@ fn make(
     for index in order {
         let tensor = &tensors[*index];
         let mut made = || {
-            let lies_in_file = tensor.memory.is_none() && tensor.made.is_none();
+            let lies_in_file = tensor.lies_in_file();
             if lies_in_file && hashes.is_none() {
                 return Ok(None);
             }

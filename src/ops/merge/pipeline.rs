@@ -1,0 +1,523 @@
+//! Reading, arithmetic and writing overlap, in memory bounded by a few chunks.
+//!
+//! One thread writes; the others evaluate blocks of rows of the next chunk, each reading its own rows. Chunks and blocks
+//! are cut by shape alone, so neither bytes nor sums depend on the number of threads.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+
+use rayon::prelude::*;
+
+use super::Control;
+use super::plan::PlannedTensor;
+use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
+use crate::adapter::preimage::{Merge, is_told_apart};
+use crate::checkpoint::sink::OutputFile;
+use crate::error::{Error, Reason, Result};
+use crate::linalg::Kernel;
+use crate::mapped::Input;
+use crate::ops::undo;
+use crate::tensor::{DType, Float, Tensor};
+
+/// Bytes of output that are computed before they are handed to the writer.
+pub(super) const CHUNK: usize = 8 << 20;
+
+/// Elements that one task evaluates: base and value in f64 stay in the second-level cache.
+pub(super) const BLOCK: usize = 32 << 10;
+
+/// Rows that a block has at least: the kernels work on tiles of eight.
+const TILE: usize = 8;
+
+/// Chunks that wait for the writer, so that a slow moment of the disk does not stop the arithmetic.
+const QUEUE: usize = 3;
+
+/// Longest copy between two looks at the cancel flag.
+const COPY: u64 = 64 << 20;
+
+/// What the writer is told, in order.
+enum Message {
+    Begin(OutputFile),
+    Bytes(Vec<u8>),
+    Copy(Arc<Input>, u64, u64),
+    End,
+}
+
+/// How values are computed, and who watches.
+#[derive(Clone, Copy)]
+pub(crate) struct Settings<'a> {
+    pub(crate) control: &'a Control<'a>,
+    pub(crate) kernel: &'static Kernel,
+    /// Writes values that are not finite.
+    pub(crate) allow_nonfinite: bool,
+    /// The base, for errors.
+    pub(crate) base: &'a Path,
+    /// Bytes that will be written.
+    pub(crate) total: u64,
+}
+
+/// The computing side of the channel to the writer.
+pub(crate) struct Pipeline<'a> {
+    settings: Settings<'a>,
+    done: u64,
+    /// Neighbours in a file that stay neighbours are copied in one go.
+    pending: Option<(Arc<Input>, Range<u64>)>,
+    messages: SyncSender<Message>,
+    buffers: Receiver<Vec<u8>>,
+}
+
+/// What was written down of a tensor.
+pub(crate) struct Record {
+    pub(crate) base: blake3::Hash,
+    pub(crate) merged: blake3::Hash,
+    pub(crate) columns: usize,
+    pub(crate) height: usize,
+    pub(crate) payload: undo::Section,
+    pub(crate) lengths: undo::Section,
+}
+
+/// Starts the writer, does the work, and returns the hidden paths of the files.
+///
+/// # Errors
+/// What the work and writing give.
+pub(crate) fn run<T>(
+    settings: Settings<'_>,
+    work: impl FnOnce(&mut Pipeline<'_>) -> Result<T>,
+) -> Result<(T, Vec<PathBuf>)> {
+    let (messages, inbox) = sync_channel(QUEUE);
+    let (returns, buffers) = channel();
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(move || write(&inbox, &returns));
+        let mut pipeline = Pipeline {
+            settings,
+            done: 0,
+            pending: None,
+            messages,
+            buffers,
+        };
+        let computed = work(&mut pipeline);
+        drop(pipeline);
+        let written = writer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // The writer's error is the cause of ours, if it has one.
+        let written = written?;
+        computed.map(|value| (value, written))
+    })
+}
+
+impl Pipeline<'_> {
+    /// Fails if the writer stopped; its own error is found when it is joined.
+    fn send(&self, message: Message) -> Result<()> {
+        self.messages
+            .send(message)
+            .map_err(|_| Error::new(Reason::Write))
+    }
+
+    /// A buffer that the writer is done with, or a new one.
+    fn buffer(&self, length: usize) -> Vec<u8> {
+        let mut buffer = self.buffers.try_recv().unwrap_or_default();
+        buffer.resize(length, 0);
+        buffer
+    }
+
+    /// Begins a file.
+    pub(crate) fn begin(&mut self, file: OutputFile) -> Result<()> {
+        self.send(Message::Begin(file))
+    }
+
+    /// Ends it.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.flush()?;
+        self.send(Message::End)
+    }
+
+    /// Appends bytes at hand.
+    pub(crate) fn bytes(&mut self, bytes: Vec<u8>) -> Result<()> {
+        self.flush()?;
+        let length = bytes.len() as u64;
+        self.send(Message::Bytes(bytes))?;
+        self.advance(length)
+    }
+
+    /// Appends a range of an input.
+    pub(crate) fn copy(&mut self, input: &Arc<Input>, range: Range<u64>) -> Result<()> {
+        if let Some((open, before)) = &mut self.pending
+            && Arc::ptr_eq(open, input)
+            && before.end == range.start
+        {
+            before.end = range.end;
+            return Ok(());
+        }
+        self.flush()?;
+        self.pending = Some((input.clone(), range));
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let Some((input, range)) = self.pending.take() else {
+            return Ok(());
+        };
+        let mut at = range.start;
+        while at < range.end {
+            let length = (range.end - at).min(COPY);
+            self.send(Message::Copy(input.clone(), at, length))?;
+            at += length;
+            self.advance(length)?;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, bytes: u64) -> Result<()> {
+        let Settings { control, total, .. } = self.settings;
+        self.done += bytes;
+        control.progress(self.done.min(total), total);
+        control.check()
+    }
+
+    /// Bytes that were appended so far.
+    pub(crate) fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Appends a tensor that follows from its source by steps; `undo` takes what restores the source.
+    ///
+    /// # Errors
+    /// What reading gives; [`Reason::ValuesNotFinite`]; [`Reason::NotRestored`].
+    pub(crate) fn evaluate(
+        &mut self,
+        tensor: &PlannedTensor,
+        steps: Vec<Step>,
+        mut undo: Option<&mut undo::Writer>,
+    ) -> Result<(Sums, Option<Record>)> {
+        self.flush()?;
+        let Settings {
+            control,
+            kernel,
+            allow_nonfinite,
+            base,
+            ..
+        } = self.settings;
+        let source = Source::of(tensor)?;
+        let to = float(tensor.dtype, &tensor.source)?;
+        let (rows, columns) = tensor.matrix();
+        let mut recipe = Recipe { columns, to, steps };
+        let height = (BLOCK / columns.max(1)).max(TILE);
+        if recipe.surveys() {
+            source.survey(&mut recipe, rows, height, kernel, control)?;
+        }
+        let mut watch = Watch::new(undo.as_deref(), &source);
+        let block = Block {
+            recipe: &recipe,
+            source: &source,
+            kernel,
+            writes_undo: undo.is_some(),
+        };
+        let (row_bytes, base_bytes) = (columns * to.size(), columns * source.float.size());
+        let chunk_rows = (CHUNK / row_bytes.max(1)).max(1).next_multiple_of(height);
+        let mut total = Sums::default();
+        for first in (0..rows).step_by(chunk_rows) {
+            let count = chunk_rows.min(rows - first);
+            let mut buffer = self.buffer(count * row_bytes);
+            let mut bases = vec![
+                0;
+                if watch.is_some() {
+                    count * base_bytes
+                } else {
+                    0
+                }
+            ];
+            let block_bytes = (height * row_bytes).max(1);
+            let mut parts: Vec<&mut [u8]> =
+                bases.chunks_mut((height * base_bytes).max(1)).collect();
+            parts.resize_with(buffer.len().div_ceil(block_bytes), Default::default);
+            let blocks: Vec<(Sums, Vec<u8>)> = buffer
+                .par_chunks_mut(block_bytes)
+                .zip(parts)
+                .enumerate()
+                .map(|(index, (result, base))| {
+                    let start = first + index * height;
+                    block.evaluate(start..start + result.len() / row_bytes, base, result)
+                })
+                .collect::<Result<_>>()?;
+            for (sums, payload) in &blocks {
+                total.add(sums);
+                if let (Some(watch), Some(undo)) = (&mut watch, undo.as_deref_mut()) {
+                    watch.payload(payload, undo)?;
+                }
+            }
+            if let Some(watch) = &mut watch {
+                watch.base.update_rayon(&bases);
+                watch.merged.update_rayon(&buffer);
+            }
+            if total.not_finite > 0 && !allow_nonfinite {
+                // Nothing more is written, but the count is that of the whole tensor.
+                control.check()?;
+                continue;
+            }
+            let length = buffer.len() as u64;
+            self.send(Message::Bytes(buffer))?;
+            self.advance(length)?;
+        }
+        if total.not_finite > 0 && !allow_nonfinite {
+            let (row, column) = total.first.unwrap_or_default();
+            let reason = Reason::ValuesNotFinite {
+                count: total.not_finite,
+                first: place(tensor, row, column),
+            };
+            return Err(Error::new(reason).in_file(base).on(&*tensor.name));
+        }
+        let record = watch.map(|watch| watch.finish(&tensor.source, undo, columns, height));
+        Ok((total, record.transpose()?.flatten()))
+    }
+}
+
+/// Hashes of both sides of a tensor, and the lengths of what restores its blocks.
+struct Watch {
+    base: blake3::Hasher,
+    merged: blake3::Hasher,
+    start: u64,
+    lengths: Vec<u8>,
+}
+
+impl Watch {
+    /// Where somebody wants to know: an undo file, or a source that is restored from one.
+    fn new(undo: Option<&undo::Writer>, source: &Source<'_>) -> Option<Self> {
+        let wanted = undo.is_some() || source.tensor.source.parts().is_some();
+        wanted.then(|| Watch {
+            base: blake3::Hasher::new(),
+            merged: blake3::Hasher::new(),
+            start: undo.map_or(0, undo::Writer::at),
+            lengths: Vec::new(),
+        })
+    }
+
+    fn payload(&mut self, payload: &[u8], undo: &mut undo::Writer) -> Result<()> {
+        undo::varint(&mut self.lengths, payload.len() as u64);
+        undo.append(payload)
+    }
+
+    fn finish(
+        self,
+        source: &Tensor,
+        undo: Option<&mut undo::Writer>,
+        columns: usize,
+        height: usize,
+    ) -> Result<Option<Record>> {
+        let base = self.base.finalize();
+        if let Some(parts) = source.parts() {
+            parts.verify(base.as_bytes())?;
+        }
+        let Some(undo) = undo else {
+            return Ok(None);
+        };
+        let payload = undo.since(self.start);
+        Ok(Some(Record {
+            base,
+            merged: self.merged.finalize(),
+            columns,
+            height,
+            payload,
+            lengths: undo.deflated(&self.lengths)?,
+        }))
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<(Vec<u8>, Scratch, undo::Memory)> = RefCell::default();
+}
+
+/// How the blocks of one tensor are evaluated.
+struct Block<'a> {
+    recipe: &'a Recipe,
+    source: &'a Source<'a>,
+    kernel: &'a Kernel,
+    writes_undo: bool,
+}
+
+impl Block<'_> {
+    /// Evaluates some rows. `base` takes the rows of the base, where it has room; returned is what restores them.
+    fn evaluate(
+        &self,
+        rows: Range<usize>,
+        base: &mut [u8],
+        result: &mut [u8],
+    ) -> Result<(Sums, Vec<u8>)> {
+        let Block {
+            recipe,
+            source,
+            kernel,
+            writes_undo,
+        } = *self;
+        let columns = recipe.columns;
+        let (from, to) = (source.float, recipe.to);
+        SCRATCH.with_borrow_mut(|(bytes, scratch, memory)| {
+            let runs = source.runs(rows.clone());
+            let terms = match writes_undo && is_told_apart(from, to) && runs.len() == 1 {
+                true => recipe.terms(rows.clone(), kernel)?,
+                false => None,
+            };
+            let is_whole = !base.is_empty() && source.tensor.rows.is_empty();
+            if !base.is_empty() {
+                source
+                    .tensor
+                    .source
+                    .read(rows.start * columns * from.size(), base)?;
+            }
+            let mut sums = Sums::default();
+            let mut rest = &mut *result;
+            for (rows, float) in runs {
+                let result = rest.split_off_mut(..rows.len() * columns * to.size());
+                let result = result.expect("the runs are the rows of the block");
+                if !is_whole {
+                    source.read(rows.clone(), float, columns, bytes)?;
+                }
+                let bytes = if is_whole { &*base } else { &**bytes };
+                let elements = Elements { float, bytes };
+                let terms = terms.as_deref();
+                sums.add(&recipe.evaluate(rows, elements, terms, result, scratch, kernel)?);
+            }
+            let payload = match (writes_undo, &terms) {
+                (false, _) => Vec::new(),
+                (true, None) => undo::raw(base),
+                (true, Some(terms)) => {
+                    let merge = Merge {
+                        from,
+                        to,
+                        terms,
+                        kernel,
+                    };
+                    undo::encode(&merge, base, result, memory)
+                }
+            };
+            Ok((sums, payload))
+        })
+    }
+}
+
+/// The writer: one thread, strictly in order.
+fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<std::path::PathBuf>> {
+    let mut open: Option<OutputFile> = None;
+    let mut finished = Vec::new();
+    for message in inbox {
+        match (message, &mut open) {
+            (Message::Begin(file), open) => *open = Some(file),
+            (Message::Bytes(bytes), Some(file)) => {
+                file.write(&bytes)?;
+                // The other side may be gone already.
+                let _ = returns.send(bytes);
+            }
+            (Message::Copy(input, offset, length), Some(file)) => {
+                file.copy(&input, offset, length)?
+            }
+            (Message::End, open) => {
+                if let Some(file) = open.take() {
+                    finished.push(file.finish()?);
+                }
+            }
+            (_, None) => unreachable!("a file begins before its bytes"),
+        }
+    }
+    Ok(finished)
+}
+
+/// Where the rows of a tensor come from.
+struct Source<'a> {
+    tensor: &'a PlannedTensor,
+    /// The type of all rows but those that an adapter brings in another one.
+    float: Float,
+}
+
+impl<'a> Source<'a> {
+    fn of(tensor: &'a PlannedTensor) -> Result<Self> {
+        let float = float(tensor.source.dtype, &tensor.source)?;
+        for (rows, _) in tensor.rows.values() {
+            rows.float()?;
+        }
+        Ok(Source { tensor, float })
+    }
+
+    /// Rows cut into runs of one type.
+    fn runs(&self, rows: Range<usize>) -> Vec<(Range<usize>, Float)> {
+        let mut runs = Vec::new();
+        let mut start = rows.start;
+        for (row, (tensor, _)) in self.tensor.rows.range(rows.clone()) {
+            if let Some(float) = Float::of(tensor.dtype)
+                && float != self.float
+            {
+                runs.push((start..*row, self.float));
+                runs.push((*row..row + 1, float));
+                start = row + 1;
+            }
+        }
+        runs.push((start..rows.end, self.float));
+        runs.retain(|(rows, _)| !rows.is_empty());
+        runs
+    }
+
+    /// Shows all rows to the steps that ask for it.
+    fn survey(
+        &self,
+        recipe: &mut Recipe,
+        rows: usize,
+        height: usize,
+        kernel: &Kernel,
+        control: &Control<'_>,
+    ) -> Result<()> {
+        let mut bytes = Vec::new();
+        for first in (0..rows).step_by(height) {
+            control.check()?;
+            let rows = first..(first + height).min(rows);
+            for (rows, float) in self.runs(rows) {
+                self.read(rows.clone(), float, recipe.columns, &mut bytes)?;
+                let bytes = &bytes;
+                recipe.survey(rows, Elements { float, bytes }, kernel)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a run.
+    fn read(
+        &self,
+        rows: Range<usize>,
+        float: Float,
+        columns: usize,
+        bytes: &mut Vec<u8>,
+    ) -> Result<()> {
+        let row_bytes = columns * float.size();
+        bytes.resize(rows.len() * row_bytes, 0);
+        if float == self.float {
+            let source = &self.tensor.source;
+            source.read(rows.start * row_bytes, bytes)?;
+        }
+        for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
+            let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
+            let at = (row - rows.start) * row_bytes;
+            bytes[at..at + row_bytes].copy_from_slice(&new);
+        }
+        Ok(())
+    }
+}
+
+fn float(dtype: DType, tensor: &Tensor) -> Result<Float> {
+    Float::of(dtype).ok_or_else(|| {
+        tensor.error(Reason::TensorType {
+            dtype: dtype.to_string(),
+        })
+    })
+}
+
+/// The index of an element in the tensor's own shape.
+fn place(tensor: &PlannedTensor, row: usize, column: usize) -> String {
+    let mut flat = row * tensor.matrix().1 + column;
+    let mut index = Vec::new();
+    for size in tensor.shape.iter().rev() {
+        index.push(flat % size.max(&1));
+        flat /= size.max(&1);
+    }
+    index.reverse();
+    format!("{index:?}")
+}
