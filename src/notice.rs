@@ -80,6 +80,10 @@ pub enum NoticeKind {
     LoadedByFew,
     /// The method can be described but not merged.
     NotMergeable,
+    /// What an adapter changed without an inverse stays in the result.
+    NotTakenOut,
+    /// Values that no base becomes by the merge that was stated.
+    NotThisMerge,
 }
 
 impl NoticeKind {
@@ -97,6 +101,8 @@ impl NoticeKind {
                 | NoticeKind::EmaCopy
                 | NoticeKind::LoadedByFew
                 | NoticeKind::BaseCopy
+                | NoticeKind::NotTakenOut
+                | NoticeKind::NotThisMerge
         )
     }
 }

@@ -151,18 +151,8 @@ impl Recipe {
         for term in terms.unwrap_or_default() {
             kernel.accumulate(term.c, &term.chains, &mut value[term.elements.clone()]);
         }
-        let steps = self.steps.iter().filter(|_| terms.is_none());
-        for step in steps {
-            if let Some((local, within)) = overlap(&rows, &step.rows) {
-                let within = within.start * self.columns..within.end * self.columns;
-                step.update.apply(
-                    local,
-                    &base[within.clone()],
-                    &mut value[within],
-                    workspace,
-                    kernel,
-                )?;
-            }
+        if terms.is_none() {
+            self.change(&rows, base, value, workspace, kernel)?;
         }
         kernel.narrow(self.to, value, result);
         let mut sums = Sums::default();
@@ -178,6 +168,45 @@ impl Recipe {
             sums.base += survey.base;
         }
         Ok(sums)
+    }
+
+    /// Applies the steps to values of rows that are their own base; nothing is rounded.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    pub fn apply(
+        &self,
+        rows: Range<usize>,
+        value: &mut [f64],
+        scratch: &mut Scratch,
+        kernel: &Kernel,
+    ) -> Result<()> {
+        let Scratch {
+            base, workspace, ..
+        } = scratch;
+        base.clear();
+        base.extend_from_slice(value);
+        self.change(&rows, base, value, workspace, kernel)
+    }
+
+    /// The steps, in order.
+    fn change(
+        &self,
+        rows: &Range<usize>,
+        base: &[f64],
+        value: &mut [f64],
+        workspace: &mut Workspace,
+        kernel: &Kernel,
+    ) -> Result<()> {
+        for step in &self.steps {
+            if let Some((local, within)) = overlap(rows, &step.rows) {
+                let within = within.start * self.columns..within.end * self.columns;
+                let base = &base[within.clone()];
+                step.update
+                    .apply(local, base, &mut value[within], workspace, kernel)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives elements their bits back that must keep them, and counts what is not finite.

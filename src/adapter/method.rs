@@ -106,6 +106,18 @@ pub trait Method: Sync + Debug {
         false
     }
 
+    /// The module, and its strength, that takes away what this one does at a strength, but for rounding: a power that
+    /// methods may have. What adds takes away at the opposite strength.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn inverse(&self, module: &Module, strength: f64) -> Result<Option<(Module, f64)>> {
+        Ok(match self.order() {
+            Order::Additive => Some((module.clone(), -strength)),
+            Order::Sequential => None,
+        })
+    }
+
     /// The shape of the weight that it is made for, as it is stored: inputs first for embeddings, otherwise outputs
     /// first as far as its parameters tell.
     fn shape(&self, _module: &Module) -> Option<Vec<usize>> {

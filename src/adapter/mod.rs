@@ -7,6 +7,7 @@ use crate::naming::{Attention, Spelling};
 use crate::notice::Notice;
 use crate::tensor::Tensor;
 
+pub mod bound;
 pub mod delta;
 pub mod evaluate;
 pub mod factor;

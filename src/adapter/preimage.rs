@@ -104,13 +104,15 @@ pub fn zero(float: Float) -> u64 {
     place(float, 0)
 }
 
-fn value_of(float: Float, bits: u64) -> f64 {
+/// The value of stored bits.
+pub fn value_of(float: Float, bits: u64) -> f64 {
     let mut value = [0.0];
     widen(float, &bits.to_le_bytes()[..float.size()], &mut value);
     value[0]
 }
 
-fn rounded(float: Float, value: f64) -> u64 {
+/// The stored bits of a value, rounded once.
+pub fn rounded(float: Float, value: f64) -> u64 {
     let mut bytes = [0; 8];
     narrow(float, &[value], &mut bytes[..float.size()]);
     u64::from_le_bytes(bytes)

@@ -3,7 +3,7 @@
 use clap::{ArgMatches, Args};
 use loratool::Error;
 use loratool::checkpoint::Variant;
-use loratool::ops::merge::{Options, Report, plan};
+use loratool::ops::merge::{Control, Options, Report, plan};
 
 use super::adapters::Adapters;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
@@ -75,20 +75,15 @@ pub(super) struct Merge {
 
 impl Merge {
     pub(super) fn run(self, matches: &ArgMatches) -> Outcome {
-        let options = self.options(matches)?;
-        let plan = plan(&options)?;
-        let stderr = Stderr::new();
-        if self.dry_run {
-            let report = plan.report();
-            stderr.notices(&report.notices);
-            self.tell(&report);
-            return Ok(0);
-        }
-        let result = with_progress(self.quiet || self.common.json, |control| plan.run(control));
-        let report = result.inspect_err(|_| stderr.notices(&plan.report().notices))?;
-        stderr.notices(&report.notices);
-        self.tell(&report);
-        Ok(0)
+        let plan = plan(&self.options(matches)?)?;
+        let (quiet, json) = (self.quiet, self.common.json);
+        finish(
+            self.dry_run,
+            quiet,
+            json,
+            || plan.report(),
+            |control| plan.run(control),
+        )
     }
 
     fn options(&self, matches: &ArgMatches) -> Result<Options, Error> {
@@ -110,14 +105,31 @@ impl Merge {
             kernel: kernel(),
         })
     }
+}
 
-    fn tell(&self, report: &Report) {
-        if self.common.json {
-            render::json(report);
-        } else if !self.quiet {
-            print(report);
+/// Runs a plan, or tells it alone.
+pub(super) fn finish(
+    dry_run: bool,
+    quiet: bool,
+    json: bool,
+    report: impl Fn() -> Report,
+    run: impl FnOnce(&Control<'_>) -> Result<Report, Error>,
+) -> Outcome {
+    let stderr = Stderr::new();
+    let report = match dry_run {
+        true => report(),
+        false => {
+            let result = with_progress(quiet || json, run);
+            result.inspect_err(|_| stderr.notices(&report().notices))?
         }
+    };
+    stderr.notices(&report.notices);
+    if json {
+        render::json(&report);
+    } else if !quiet {
+        print(&report);
     }
+    Ok(0)
 }
 
 fn print(report: &Report) {

@@ -23,6 +23,7 @@ mod merge;
 mod plot;
 mod render;
 mod rescale;
+mod switch;
 mod unmerge;
 
 use render::Stderr;
@@ -39,6 +40,7 @@ struct Cli {
 enum Command {
     Merge(merge::Merge),
     Unmerge(unmerge::Unmerge),
+    Switch(Box<switch::Switch>),
     Convert(convert::Convert),
     Rescale(rescale::Rescale),
     Extract(Box<extract::Extract>),
@@ -171,6 +173,7 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
     let (json, result) = match command {
         Command::Merge(command) => (command.common.json, command.run(own)),
         Command::Unmerge(command) => (command.common.json, command.run(own)),
+        Command::Switch(command) => (command.common.json, command.run(own)),
         Command::Convert(command) => (command.writing.common.json, command.run()),
         Command::Rescale(command) => (command.writing.common.json, command.run()),
         Command::Extract(command) => (command.json, command.run()),

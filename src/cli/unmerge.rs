@@ -6,7 +6,7 @@ use loratool::ops::unmerge::{Options, Report, Taken, plan};
 
 use super::adapters::{Adapters, Said};
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Common, Outcome, Path, kernel};
+use super::{Common, Outcome, Path, Type, kernel};
 
 /// Take adapters out of a merged checkpoint again.
 ///
@@ -34,6 +34,12 @@ pub(super) struct Unmerge {
     /// A folder; or a file, if the base was a file and this ends as it does
     #[arg(long, short, value_name = "PATH")]
     output: Path,
+    /// Without --undo: leave what cannot be taken out as it is in the result
+    #[arg(long)]
+    allow_kept: bool,
+    /// Without --undo: type of all floating tensors of the base
+    #[arg(long, value_enum, default_value_t = Type::Keep)]
+    dtype: Type,
     /// Replace an existing output, in one step at the end
     #[arg(long)]
     force: bool,
@@ -74,6 +80,8 @@ impl Unmerge {
             adapters: taken(&self.adapters.adapter, said),
             undo: self.undo.clone(),
             output: self.output.clone(),
+            allow_kept: self.allow_kept,
+            dtype: self.dtype.float(),
             force: self.force,
             threads: self.threads.map(usize::from),
             read: self.common.reading()?,

@@ -14,6 +14,7 @@ use crate::adapter::{
 };
 use crate::error::{Reason, Result};
 use crate::linalg::Kernel;
+use crate::tensor::DType;
 
 /// Factors on inputs.
 pub const INPUT_SCALE: Role = Role::new("input scale");
@@ -106,6 +107,24 @@ impl Method for Ia3 {
             parameters: vec![(role, sum)],
             ..(*first).clone()
         }))
+    }
+
+    /// W' = W · (1 + m · (l − 1)), so the inverse multiplies by what that divides by.
+    fn inverse(&self, module: &Module, strength: f64) -> Result<Option<(Module, f64)>> {
+        let (role, scale) = &module.parameters[0];
+        let factors = scale.to_f64()?;
+        let inverse = |factor: f64| 1.0 / interpolate(1.0, factor, strength);
+        let inverses: Vec<f64> = factors.into_iter().map(inverse).collect();
+        if inverses.iter().any(|inverse| !inverse.is_finite()) {
+            return Ok(None);
+        }
+        let bytes = inverses.iter().flat_map(|inverse| inverse.to_le_bytes());
+        let scale = scale.holding(DType::F64, scale.shape.clone(), bytes.collect());
+        let inverse = Module {
+            parameters: vec![(*role, scale)],
+            ..module.clone()
+        };
+        Ok(Some((inverse, 1.0)))
     }
 
     fn update(&self, module: &Module, on: &Geometry, strength: f64) -> Result<Box<dyn Update>> {

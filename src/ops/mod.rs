@@ -10,6 +10,7 @@ pub mod merge;
 mod outgoing;
 pub mod rescale;
 mod spool;
+pub mod switch;
 pub(crate) mod threads;
 pub(crate) mod undo;
 pub mod unmerge;

@@ -53,3 +53,5 @@ mod torch_files;
 mod transformers;
 mod truncated;
 mod truncation;
+mod undo;
+mod unmerge;

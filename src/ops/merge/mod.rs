@@ -25,8 +25,10 @@ mod report;
 mod run;
 
 pub(crate) use place::{architecture, attention, layout, stores_inputs_first};
+pub(crate) use plan::{
+    Opened, Restored, holds_an_adapter, kernel, open_adapters, plan_inverse, plan_onto,
+};
 pub use plan::{Plan, PlannedModule, PlannedTensor};
-pub(crate) use plan::{Restored, holds_an_adapter, kernel, plan_onto};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
 
 /// What to merge into what, and what to accept.

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::Control;
 use super::plan::PlannedTensor;
+use crate::adapter::bound::{Bound, measure};
 use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
 use crate::adapter::preimage::{Merge, is_told_apart};
 use crate::checkpoint::sink::OutputFile;
@@ -66,6 +67,23 @@ pub(crate) struct Pipeline<'a> {
     pending: Option<(Arc<Input>, Range<u64>)>,
     messages: SyncSender<Message>,
     buffers: Receiver<Vec<u8>>,
+}
+
+/// What else is done with a tensor that is evaluated.
+pub(crate) enum Watching<'a> {
+    /// Nothing.
+    Nothing,
+    /// What restores its source is written down.
+    Undo(&'a mut undo::Writer),
+    /// The steps are inverses, and how far the result may be from the base is measured.
+    Bounds,
+}
+
+/// A tensor that was evaluated.
+pub(crate) struct Evaluated {
+    pub(crate) sums: Sums,
+    pub(crate) record: Option<Record>,
+    pub(crate) bound: Bound,
 }
 
 /// What was written down of a tensor.
@@ -182,7 +200,7 @@ impl Pipeline<'_> {
         self.done
     }
 
-    /// Appends a tensor that follows from its source by steps; `undo` takes what restores the source.
+    /// Appends a tensor that follows from its source by steps.
     ///
     /// # Errors
     /// What reading gives; [`Reason::ValuesNotFinite`]; [`Reason::NotRestored`].
@@ -190,8 +208,8 @@ impl Pipeline<'_> {
         &mut self,
         tensor: &PlannedTensor,
         steps: Vec<Step>,
-        mut undo: Option<&mut undo::Writer>,
-    ) -> Result<(Sums, Option<Record>)> {
+        watching: Watching<'_>,
+    ) -> Result<Evaluated> {
         self.flush()?;
         let Settings {
             control,
@@ -208,16 +226,22 @@ impl Pipeline<'_> {
         if recipe.surveys() {
             source.survey(&mut recipe, rows, height, kernel, control)?;
         }
+        let measures = matches!(watching, Watching::Bounds);
+        let mut undo = match watching {
+            Watching::Undo(undo) => Some(undo),
+            Watching::Nothing | Watching::Bounds => None,
+        };
         let mut watch = Watch::new(undo.as_deref(), &source);
         let block = Block {
             recipe: &recipe,
             source: &source,
             kernel,
             writes_undo: undo.is_some(),
+            measures,
         };
         let (row_bytes, base_bytes) = (columns * to.size(), columns * source.float.size());
         let chunk_rows = (CHUNK / row_bytes.max(1)).max(1).next_multiple_of(height);
-        let mut total = Sums::default();
+        let (mut total, mut bound) = (Sums::default(), Bound::default());
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
             let mut buffer = self.buffer(count * row_bytes);
@@ -233,7 +257,7 @@ impl Pipeline<'_> {
             let mut parts: Vec<&mut [u8]> =
                 bases.chunks_mut((height * base_bytes).max(1)).collect();
             parts.resize_with(buffer.len().div_ceil(block_bytes), Default::default);
-            let blocks: Vec<(Sums, Vec<u8>)> = buffer
+            let blocks: Vec<Done> = buffer
                 .par_chunks_mut(block_bytes)
                 .zip(parts)
                 .enumerate()
@@ -242,10 +266,11 @@ impl Pipeline<'_> {
                     block.evaluate(start..start + result.len() / row_bytes, base, result)
                 })
                 .collect::<Result<_>>()?;
-            for (sums, payload) in &blocks {
-                total.add(sums);
+            for done in &blocks {
+                total.add(&done.sums);
+                bound.add(&done.bound);
                 if let (Some(watch), Some(undo)) = (&mut watch, undo.as_deref_mut()) {
-                    watch.payload(payload, undo)?;
+                    watch.payload(&done.payload, undo)?;
                 }
             }
             if let Some(watch) = &mut watch {
@@ -270,7 +295,11 @@ impl Pipeline<'_> {
             return Err(Error::new(reason).in_file(base).on(&*tensor.name));
         }
         let record = watch.map(|watch| watch.finish(&tensor.source, undo, columns, height));
-        Ok((total, record.transpose()?.flatten()))
+        Ok(Evaluated {
+            sums: total,
+            record: record.transpose()?.flatten(),
+            bound,
+        })
     }
 }
 
@@ -335,21 +364,26 @@ struct Block<'a> {
     source: &'a Source<'a>,
     kernel: &'a Kernel,
     writes_undo: bool,
+    measures: bool,
+}
+
+/// What came of a block.
+struct Done {
+    sums: Sums,
+    /// What restores its rows of the base.
+    payload: Vec<u8>,
+    bound: Bound,
 }
 
 impl Block<'_> {
-    /// Evaluates some rows. `base` takes the rows of the base, where it has room; returned is what restores them.
-    fn evaluate(
-        &self,
-        rows: Range<usize>,
-        base: &mut [u8],
-        result: &mut [u8],
-    ) -> Result<(Sums, Vec<u8>)> {
+    /// Evaluates some rows. `base` takes the rows of the base, where it has room.
+    fn evaluate(&self, rows: Range<usize>, base: &mut [u8], result: &mut [u8]) -> Result<Done> {
         let Block {
             recipe,
             source,
             kernel,
             writes_undo,
+            measures,
         } = *self;
         let columns = recipe.columns;
         let (from, to) = (source.float, recipe.to);
@@ -366,7 +400,7 @@ impl Block<'_> {
                     .source
                     .read(rows.start * columns * from.size(), base)?;
             }
-            let mut sums = Sums::default();
+            let (mut sums, mut bound) = (Sums::default(), Bound::default());
             let mut rest = &mut *result;
             for (rows, float) in runs {
                 let result = rest.split_off_mut(..rows.len() * columns * to.size());
@@ -377,7 +411,11 @@ impl Block<'_> {
                 let bytes = if is_whole { &*base } else { &**bytes };
                 let elements = Elements { float, bytes };
                 let terms = terms.as_deref();
-                sums.add(&recipe.evaluate(rows, elements, terms, result, scratch, kernel)?);
+                let own = rows.clone();
+                sums.add(&recipe.evaluate(own, elements, terms, result, scratch, kernel)?);
+                if measures {
+                    bound.add(&measure(recipe, rows, elements, result, scratch, kernel)?);
+                }
             }
             let payload = match (writes_undo, &terms) {
                 (false, _) => Vec::new(),
@@ -392,7 +430,11 @@ impl Block<'_> {
                     undo::encode(&merge, base, result, memory)
                 }
             };
-            Ok((sums, payload))
+            Ok(Done {
+                sums,
+                payload,
+                bound,
+            })
         })
     }
 }

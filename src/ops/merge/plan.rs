@@ -42,12 +42,14 @@ pub struct Plan {
 }
 
 /// An adapter that was opened and read.
-pub(super) struct Opened {
+pub(crate) struct Opened {
     pub(super) found: Found,
     pub(super) format: &'static dyn Format,
-    pub(super) adapter: Adapter,
+    pub(crate) adapter: Adapter,
     pub(super) strength: f64,
     pub(super) strength_for: Vec<(Pattern, f64)>,
+    /// The strength of each module by its number, where it is not that of the caller.
+    pub(crate) of_modules: Option<Vec<f64>>,
 }
 
 /// A tensor of the output.
@@ -173,13 +175,29 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
 /// # Errors
 /// As [`super::plan`].
 pub(crate) fn plan_onto(options: &Options, base: Restored) -> Result<Plan> {
+    planned(options, base, open_adapters(options)?)
+}
+
+/// Plans with the inverses of adapters.
+///
+/// # Errors
+/// As [`super::plan`].
+pub(crate) fn plan_inverse(options: &Options, inverses: Vec<Opened>) -> Result<Plan> {
+    let base = Restored {
+        checkpoint: open_base(options)?,
+        frames: Vec::new(),
+        behind: Vec::new(),
+    };
+    planned(options, base, inverses)
+}
+
+fn planned(options: &Options, base: Restored, adapters: Vec<Opened>) -> Result<Plan> {
     let kernel = kernel(options.kernel.as_deref())?;
     let Restored {
         checkpoint: base,
         frames,
         behind,
     } = base;
-    let adapters = open_adapters(options)?;
     let Placed {
         tensors,
         edits,
@@ -292,6 +310,11 @@ impl Plan {
         }
     }
 
+    /// Adds what is odd about a base that is restored.
+    pub(crate) fn notice(&mut self, notices: Vec<Notice>) {
+        self.notices.extend(notices);
+    }
+
     /// The files and folders that are read.
     fn places(&self) -> Vec<&Path> {
         let files = self.base.inputs().chain(&self.behind);
@@ -378,7 +401,11 @@ pub(crate) fn holds_an_adapter(checkpoint: &Checkpoint) -> bool {
     }
 }
 
-fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
+/// Opens the adapters of a merge.
+///
+/// # Errors
+/// What is no adapter, and what reading gives.
+pub(crate) fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
     if options.adapters.is_empty() {
         return Err(Error::new(Reason::NoAdapter));
     }
@@ -417,6 +444,7 @@ fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
             adapter,
             strength: selection.strength,
             strength_for,
+            of_modules: None,
         });
     }
     Ok(opened)
@@ -442,8 +470,16 @@ fn output_shape(base: &Checkpoint, output: &Path) -> Result<Shape> {
 }
 
 impl Opened {
-    /// The strength of a module.
-    pub(super) fn strength_of(&self, path: &str) -> Result<f64> {
+    /// The strength of a module of a number and a path.
+    pub(super) fn strength_of_module(&self, number: usize, path: &str) -> Result<f64> {
+        match &self.of_modules {
+            Some(strengths) => Ok(strengths.get(number).copied().unwrap_or(1.0)),
+            None => self.strength_of(path),
+        }
+    }
+
+    /// The strength of what has a path.
+    pub(crate) fn strength_of(&self, path: &str) -> Result<f64> {
         for (pattern, strength) in &self.strength_for {
             if pattern.matches(path)? {
                 return Ok(*strength);

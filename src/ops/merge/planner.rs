@@ -366,7 +366,7 @@ impl<'a> Planner<'a> {
         let opened = &self.adapters[index];
         let module = &opened.adapter.modules[number];
         let name = place.tensor.as_str();
-        let strength = opened.strength_of(&module.path)?;
+        let strength = opened.strength_of_module(number, &module.path)?;
         let areas = self.areas(module, place)?;
         if !module.method.weight(module) {
             return self.bias_of(index, number, strength, place, &areas, renamed);

@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use super::Control;
 use super::layout::File;
-use super::pipeline::{self, Pipeline, Settings};
+use super::pipeline::{self, Pipeline, Settings, Watching};
 use super::plan::{Plan, PlannedModule, PlannedTensor};
 use super::record::Recorder;
 use super::report::{Report, UndoReport};
+use crate::adapter::bound::Bound;
 use crate::adapter::evaluate::{Step, Sums};
 use crate::checkpoint::config;
 use crate::checkpoint::sink::{Shape, Sink};
@@ -29,6 +30,25 @@ impl Plan {
     /// # Errors
     /// Those of kinds Output, Io, NonFinite, Changed and Interrupted; the output is then as it was.
     pub fn run(&self, control: &Control<'_>) -> Result<Report> {
+        Ok(self.carried_out(control, false)?.0)
+    }
+
+    /// Runs a plan of inverses, and tells how far each tensor may be from the base.
+    ///
+    /// # Errors
+    /// As [`Plan::run`].
+    pub(crate) fn run_inverse(
+        &self,
+        control: &Control<'_>,
+    ) -> Result<(Report, Vec<(String, Bound)>)> {
+        self.carried_out(control, true)
+    }
+
+    fn carried_out(
+        &self,
+        control: &Control<'_>,
+        is_inverse: bool,
+    ) -> Result<(Report, Vec<(String, Bound)>)> {
         let start = Instant::now();
         let destination = self.destination(control.faults.clone())?;
         destination.check_space(self.disk_needed())?;
@@ -46,6 +66,7 @@ impl Plan {
             total: self.disk_needed(),
             done: 0,
             sums: Vec::new(),
+            bounds: is_inverse.then(Vec::new),
         };
         let written = pool.install(|| run.files(&sink))?;
         run.companions(&sink)?;
@@ -72,7 +93,7 @@ impl Plan {
         report.set_changes(&run.sums);
         report.undo = undo;
         report.seconds = Some(start.elapsed().as_secs_f64());
-        Ok(report)
+        Ok((report, run.bounds.unwrap_or_default()))
     }
 }
 
@@ -137,6 +158,8 @@ struct Run<'a> {
     total: u64,
     done: u64,
     sums: Vec<(String, Sums)>,
+    /// Of tensors that an inverse changed, where that is what happens.
+    bounds: Option<Vec<(String, Bound)>>,
 }
 
 impl Run<'_> {
@@ -180,11 +203,19 @@ impl Run<'_> {
                 let steps = self.steps(tensor)?;
                 let recorder = self.recorder.as_mut();
                 let mut recorder = recorder.filter(|recorder| recorder.wants(tensor));
-                let undo = recorder.as_mut().map(|recorder| &mut recorder.writer);
-                let (sums, record) = pipeline.evaluate(tensor, steps, undo)?;
-                if let (Some(recorder), Some(record)) = (recorder, record) {
+                let watching = match (&mut recorder, &self.bounds) {
+                    (Some(recorder), _) => Watching::Undo(&mut recorder.writer),
+                    (None, Some(_)) => Watching::Bounds,
+                    (None, None) => Watching::Nothing,
+                };
+                let evaluated = pipeline.evaluate(tensor, steps, watching)?;
+                if let (Some(recorder), Some(record)) = (recorder, evaluated.record) {
                     recorder.evaluated(tensor, record);
                 }
+                if let Some(bounds) = &mut self.bounds {
+                    bounds.push((tensor.name.clone(), evaluated.bound));
+                }
+                let sums = evaluated.sums;
                 if !tensor.is_copy() {
                     self.sums.push((tensor.name.clone(), sums));
                 }

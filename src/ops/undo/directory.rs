@@ -296,7 +296,7 @@ impl TensorEntry {
                 let fits = coded.height > 0
                     && coded.columns > 0
                     && coded.columns.checked_mul(coded.height).is_some_and(|block| block < 1 << 31)
-                    && count % coded.columns == 0
+                    && count.is_multiple_of(coded.columns)
                     && count.checked_mul(from.size()).map(|bytes| bytes as u64) == Some(self.bytes)
                     // Every block has a length of a byte at least.
                     && coded.blocks() as u64 <= coded.lengths.length

@@ -13,7 +13,7 @@ use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
-use crate::ops::merge::pipeline::{self, Pipeline, Settings};
+use crate::ops::merge::pipeline::{self, Pipeline, Settings, Watching};
 use crate::ops::merge::{Control, FileReport, PlannedTensor, kernel};
 use crate::ops::threads;
 use crate::ops::undo::{FileEntry, Given, How, Piece, Restoring, hash_of};
@@ -32,10 +32,8 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
     let kernel = kernel(options.kernel.as_deref())?;
     let pool = threads::pool(options.threads)?;
     let restoring = pool.install(|| restoring(options, kernel))?;
-    let directory = restoring.directory();
     let shape = shape(options, &restoring);
     let (companions, notices) = beside(&restoring)?;
-    debug_assert_eq!(directory.tensors.is_empty(), directory.files.is_empty());
     let plan = Plan {
         options: options.clone(),
         restoring,
@@ -233,7 +231,7 @@ impl Plan {
                     let tensor = tensor.ok_or_else(|| Error::new(Reason::NotRestored))?;
                     if tensor.parts().is_some() {
                         let planned = PlannedTensor::of(&tensor, tensor.name.clone(), 0);
-                        pipeline.evaluate(&planned, Vec::new(), None)?;
+                        pipeline.evaluate(&planned, Vec::new(), Watching::Nothing)?;
                     } else {
                         let range = tensor.offset..tensor.offset + tensor.length;
                         pipeline.copy(&tensor.input, range)?;
