@@ -637,6 +637,8 @@ fn a_single_expert_is_not_merged_into_a_transposed_stack() {
 fn every_command_has_help_with_examples_a_manual_page_and_completions() {
     for command in [
         "merge",
+        "unmerge",
+        "switch",
         "convert",
         "rescale",
         "extract",

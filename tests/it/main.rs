@@ -9,6 +9,8 @@ mod bases_torch;
 mod cli;
 #[cfg(feature = "cli")]
 mod cli_extract;
+#[cfg(feature = "cli")]
+mod cli_undo;
 mod conversion_laws;
 mod conversions;
 mod convert;

@@ -146,6 +146,29 @@ fn every_adapter_of_peft_is_taken_out_bit_for_bit() {
 }
 
 #[test]
+fn every_adapter_of_lycoris_is_taken_out_bit_for_bit() {
+    let room = Room::new();
+    let mut count = 0;
+    for folder in std::fs::read_dir(fixture("lycoris")).unwrap() {
+        let folder = folder.unwrap().path();
+        let (base, adapter) = (
+            folder.join("base.safetensors"),
+            folder.join("adapter.safetensors"),
+        );
+        if base.exists() && adapter.exists() {
+            let mut options = options(&base, &adapter, &room.path("merged.safetensors"));
+            for (strength, dtype) in [(1.0, None), (0.7, Some(Float::F16))] {
+                options.adapters[0].strength = strength;
+                options.dtype = dtype;
+                comes_back(&room, &options);
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 20, "{count}");
+}
+
+#[test]
 fn every_kind_of_base_comes_back_as_it_was() {
     let room = Room::new();
     let bases = [
