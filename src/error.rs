@@ -302,7 +302,7 @@ reasons! {
         BadName => "it has no usable file name",
     }
     NonFinite {
-        DifferenceNotFinite => "the difference of the two sides holds NaN or infinity",
+        DifferenceNotFinite => "the change of the weight holds NaN or infinity",
         ValuesNotFinite { count: u64, first: String } => "{count} values of the result are NaN or infinite where the base is finite, the first at {first}",
         AlphaNotFinite { value: String } => "alpha is {value}",
         FactorNotFinite { count: u64 } => "{count} values are NaN or infinite",

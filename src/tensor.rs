@@ -550,8 +550,9 @@ pub fn narrowed(float: Float, values: &[f64]) -> Result<Vec<u8>> {
     }
 }
 
-/// The tensor with zeros behind its elements along an axis, up to a size.
+/// The tensor with zeros behind its elements along an axis, up to a size; as it is where it has as many.
 pub fn filled(tensor: &Tensor, axis: usize, size: usize) -> Tensor {
+    let size = size.max(tensor.dimension(axis));
     let mut shape = tensor.shape.clone();
     let inner: usize = shape[axis + 1..].iter().product::<usize>() * tensor.dtype.bitsize() / 8;
     let (own, whole) = (shape[axis] * inner, size * inner);

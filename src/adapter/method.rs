@@ -151,7 +151,7 @@ pub trait Method: Sync + Debug {
     }
 
     /// The module with zeros behind its factors, so that it has a rank; no bit of a value and no change of a weight
-    /// is another. A power of methods that have factors.
+    /// is another. Nothing where a factor is wider. A power of methods that have factors.
     fn filled(&self, _module: &Module, _rank: usize) -> Option<Module> {
         None
     }

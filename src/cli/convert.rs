@@ -45,7 +45,7 @@ pub(super) struct Convert {
 pub(super) struct Writing {
     /// A folder, or a file where the format is one file
     #[arg(long, short, value_name = "PATH")]
-    output: Path,
+    pub(super) output: Path,
     /// A base that tells the names of layers and the number of heads
     #[arg(long, value_name = "PATH")]
     base: Option<Path>,
@@ -69,13 +69,13 @@ pub(super) struct Writing {
     names: Option<LayerNames>,
     /// Replace an existing output, in one step at the end
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
     /// Print the plan and write nothing
     #[arg(long, short = 'n')]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Print warnings and errors only
     #[arg(long, short)]
-    quiet: bool,
+    pub(super) quiet: bool,
     #[command(flatten)]
     pub(super) common: Common,
 }
@@ -127,10 +127,16 @@ impl Writing {
         Ok(0)
     }
 
+    /// Tells what was done.
     fn tell(&self, report: &Report) {
         if self.common.json {
             return render::json(report);
         }
+        self.tell_people(report);
+    }
+
+    /// The same for people.
+    pub(super) fn tell_people(&self, report: &Report) {
         render::losses("left out", &report.losses);
         render::losses("folded", &report.folded);
         if let Some(alpha) = report.alpha {

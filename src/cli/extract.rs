@@ -2,7 +2,6 @@
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, ValueEnum};
-use loratool::checkpoint::sink::{Destination, Faults, Shape};
 use loratool::methods::METHODS;
 use loratool::ops::extract::{
     Embeddings, FittedReport, Options, Proved, Ranks, Report, Whole, plan,
@@ -12,6 +11,7 @@ use loratool::{Error, Reason};
 
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
+use super::table::{kinds, numbers, percent, shares};
 use super::{LayerNames, Outcome, Path, prefix, size, targets};
 
 /// Make an adapter from a base and what was tuned from it, with a proof of how good it is.
@@ -204,11 +204,8 @@ fn rank_for(text: &str) -> Result<(String, usize), Error> {
 impl Extract {
     pub(super) fn run(&self) -> Outcome {
         let plan = plan(&self.options()?)?;
-        let drawing = self
-            .plot
-            .as_deref()
-            .map(|path| self.drawing(path))
-            .transpose()?;
+        let inputs = [self.base.as_path(), self.tuned.as_path()];
+        let drawing = plot::destination(self.plot.as_deref(), &self.output, self.force, inputs)?;
         let stderr = Stderr::new();
         let result = with_progress(self.quiet || self.json, |control| match self.dry_run {
             true => plan.measure(control),
@@ -216,7 +213,14 @@ impl Extract {
         });
         let report = result.inspect_err(|_| stderr.notices(plan.notices()))?;
         if let Some(drawing) = drawing {
-            drawing.write(plot::spectra(&report)?.as_bytes())?;
+            let title = format!("{} → {}", report.base, report.tuned);
+            let layers = report.modules.iter().map(|module| plot::Layer {
+                path: &module.path,
+                rank: module.rank,
+                residual: module.residual,
+                values: &module.singular_values,
+            });
+            drawing.write(plot::spectra(&title, &layers.collect::<Vec<_>>())?.as_bytes())?;
         }
         stderr.notices(&report.notices);
         if self.json {
@@ -225,18 +229,6 @@ impl Extract {
             print(&report);
         }
         Ok(0)
-    }
-
-    /// Where the drawing goes: no input, and not the output.
-    fn drawing(&self, path: &std::path::Path) -> Result<Destination, Error> {
-        if path == self.output {
-            return Err(Error::new(Reason::BadOption {
-                text: "--plot".to_owned(),
-                problem: "it is the output of the adapter".to_owned(),
-            }));
-        }
-        let inputs = [self.base.as_path(), self.tuned.as_path()];
-        Destination::check(path, Shape::File, self.force, inputs, Faults::default())
     }
 
     fn options(&self) -> Result<Options, Error> {
@@ -368,43 +360,19 @@ fn print(report: &Report) {
 
 /// Lines of which each stands for the layers of one kind: what all have, or the range.
 fn table(modules: &[FittedReport]) -> Vec<String> {
-    let mut kinds: Vec<(String, Vec<&FittedReport>)> = Vec::new();
-    for module in modules {
-        let kind = loratool::naming::fold::kind(&module.path);
-        match kinds.iter_mut().find(|(known, _)| *known == kind) {
-            Some((_, group)) => group.push(module),
-            None => kinds.push((kind, vec![module])),
-        }
-    }
-    let lines: Vec<String> = kinds
-        .iter()
+    let lines = kinds(modules, |module| &module.path).into_iter();
+    let lines: Vec<String> = lines
         .map(|(kind, group)| {
-            let range = |value: &dyn Fn(&FittedReport) -> f64| {
-                let values = group.iter().map(|module| value(module));
-                let (low, high) = values.fold((f64::INFINITY, 0.0f64), |(low, high), value| {
-                    (low.min(value), high.max(value))
-                });
-                match percent(low) == percent(high) {
-                    true => percent(low),
-                    false => format!("{} to {}", percent(low), percent(high)),
-                }
-            };
-            let ranks = group.iter().map(|module| module.rank);
-            let (least, most) = (ranks.clone().min().unwrap_or(0), ranks.max().unwrap_or(0));
-            let rank = if least == most {
-                least.to_string()
-            } else {
-                format!("{least} to {most}")
-            };
             let unproved = group
                 .iter()
                 .filter(|module| module.proof == Proved::NotProved)
                 .count();
             format!(
-                "{kind} ({}): rank {rank}, changed by {}, residual {}{}",
+                "{kind} ({}): rank {}, changed by {}, residual {}{}",
                 group.len(),
-                range(&|module| module.change),
-                range(&|module| module.residual),
+                numbers(group.iter().map(|module| module.rank)),
+                shares(group.iter().map(|module| module.change)),
+                shares(group.iter().map(|module| module.residual)),
                 if unproved > 0 {
                     format!(", {unproved} not proved")
                 } else {
@@ -414,13 +382,4 @@ fn table(modules: &[FittedReport]) -> Vec<String> {
         })
         .collect();
     folded(&lines)
-}
-
-fn percent(share: f64) -> String {
-    match share * 100.0 {
-        0.0 => "0 %".to_owned(),
-        small if small < 0.01 => format!("{small:.1e} %"),
-        some if some < 10.0 => format!("{some:.2} %"),
-        many => format!("{many:.1} %"),
-    }
 }

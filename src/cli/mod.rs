@@ -23,7 +23,9 @@ mod merge;
 mod plot;
 mod render;
 mod rescale;
+mod resize;
 mod switch;
+mod table;
 mod unmerge;
 
 use render::Stderr;
@@ -43,6 +45,7 @@ enum Command {
     Switch(Box<switch::Switch>),
     Convert(convert::Convert),
     Rescale(rescale::Rescale),
+    Resize(Box<resize::Resize>),
     Extract(Box<extract::Extract>),
     Inspect(inspect::Inspect),
     Check(check::Check),
@@ -176,6 +179,7 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
         Command::Switch(command) => (command.common.json, command.run(own)),
         Command::Convert(command) => (command.writing.common.json, command.run()),
         Command::Rescale(command) => (command.writing.common.json, command.run()),
+        Command::Resize(command) => (command.writing.common.json, command.run()),
         Command::Extract(command) => (command.json, command.run()),
         Command::Inspect(command) => (command.common.json, command.run()),
         Command::Check(command) => (command.common.json, command.run()),

@@ -1,8 +1,9 @@
-//! Spectra and residuals of an extraction, drawn.
+//! Spectra and residuals of layers, drawn.
 
-use loratool::Error;
-use loratool::ops::extract::{FittedReport, Report};
-use loratool::printable;
+use std::path::Path;
+
+use loratool::checkpoint::sink::{Destination, Faults, Shape};
+use loratool::{Error, Reason, printable};
 use plotters::prelude::*;
 
 /// Width and height in pixels.
@@ -11,25 +12,55 @@ const SIZE: (u32, u32) = (1000, 900);
 /// Fewer layers than this have their names below them.
 const NAMED: usize = 24;
 
+/// A layer, as far as it is drawn.
+pub(super) struct Layer<'a> {
+    pub(super) path: &'a str,
+    pub(super) rank: usize,
+    pub(super) residual: f64,
+    /// Singular values, falling.
+    pub(super) values: &'a [f64],
+}
+
+/// Where a drawing goes, if it goes anywhere: no input, and not the output.
+pub(super) fn destination<'a>(
+    path: Option<&Path>,
+    output: &Path,
+    force: bool,
+    inputs: impl IntoIterator<Item = &'a Path>,
+) -> Result<Option<Destination>, Error> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    if path == output {
+        return Err(Error::new(Reason::BadOption {
+            text: "--plot".to_owned(),
+            problem: "it is the output of the adapter".to_owned(),
+        }));
+    }
+    Destination::check(path, Shape::File, force, inputs, Faults::default()).map(Some)
+}
+
 /// Draws the singular values of every layer, each divided by the layer's largest, and below them what is left of each
-/// layer's difference.
-pub(super) fn spectra(report: &Report) -> Result<String, Error> {
+/// layer's change.
+pub(super) fn spectra(title: &str, layers: &[Layer<'_>]) -> Result<String, Error> {
     let mut text = String::new();
-    drawn(report, &mut text).map_err(|problem| {
-        Error::new(loratool::Reason::Drawing {
+    drawn(title, layers, &mut text).map_err(|problem| {
+        Error::new(Reason::Drawing {
             problem: problem.to_string(),
         })
     })?;
     Ok(text)
 }
 
-fn drawn(report: &Report, text: &mut String) -> Result<(), Box<dyn std::error::Error>> {
+fn drawn(
+    title: &str,
+    layers: &[Layer<'_>],
+    text: &mut String,
+) -> Result<(), Box<dyn std::error::Error>> {
     let area = SVGBackend::with_string(text, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let (above, below) = area.split_vertically(SIZE.1 * 11 / 20);
-    let title = format!("{} → {}", report.base, report.tuned);
-    let layers = &report.modules;
-    values(layers, &printable(&title), &above)?;
+    values(layers, &printable(title), &above)?;
     residuals(layers, &below)?;
     area.present()?;
     Ok(())
@@ -38,13 +69,13 @@ fn drawn(report: &Report, text: &mut String) -> Result<(), Box<dyn std::error::E
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
 fn values(
-    layers: &[FittedReport],
+    layers: &[Layer<'_>],
     title: &str,
     area: &Area<'_>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let longest = layers
         .iter()
-        .map(|layer| layer.singular_values.len())
+        .map(|layer| layer.values.len())
         .max()
         .unwrap_or(1);
     let least = layers
@@ -87,8 +118,8 @@ fn values(
 }
 
 /// Singular values, each divided by the largest.
-fn shares(layer: &FittedReport) -> impl Iterator<Item = f64> {
-    let values = &layer.singular_values;
+fn shares(layer: &Layer<'_>) -> impl Iterator<Item = f64> {
+    let values = layer.values;
     let largest = values.first().copied().unwrap_or(0.0);
     values
         .iter()
@@ -96,7 +127,7 @@ fn shares(layer: &FittedReport) -> impl Iterator<Item = f64> {
         .map(move |value| value / largest)
 }
 
-fn residuals(layers: &[FittedReport], area: &Area<'_>) -> Result<(), Box<dyn std::error::Error>> {
+fn residuals(layers: &[Layer<'_>], area: &Area<'_>) -> Result<(), Box<dyn std::error::Error>> {
     let named = layers.len() < NAMED;
     let count = layers.len().max(1);
     let mut chart = ChartBuilder::on(area)
@@ -106,7 +137,7 @@ fn residuals(layers: &[FittedReport], area: &Area<'_>) -> Result<(), Box<dyn std
         .build_cartesian_2d((0..count - 1).into_segmented(), 0f64..1f64)?;
     let label = |at: &SegmentValue<usize>| match at {
         SegmentValue::CenterOf(index) | SegmentValue::Exact(index) if named => {
-            let path = layers.get(*index).map_or("", |layer| layer.path.as_str());
+            let path = layers.get(*index).map_or("", |layer| layer.path);
             printable(path).into_owned()
         }
         SegmentValue::CenterOf(index) | SegmentValue::Exact(index) => index.to_string(),

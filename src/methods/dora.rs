@@ -142,7 +142,7 @@ impl Method for Dora {
     }
 
     fn filled(&self, module: &Module, rank: usize) -> Option<Module> {
-        Some(with_rank(module, rank))
+        with_rank(module, rank)
     }
 
     fn of_triplets(&self, module: &Module, found: &mut Truncation) -> Option<Module> {

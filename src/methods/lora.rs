@@ -160,7 +160,7 @@ impl Method for Lora {
     }
 
     fn filled(&self, module: &Module, rank: usize) -> Option<Module> {
-        Some(with_rank(module, rank))
+        with_rank(module, rank)
     }
 
     fn of_triplets(&self, module: &Module, found: &mut Truncation) -> Option<Module> {
@@ -275,23 +275,29 @@ pub(super) fn factors_of(
     })
 }
 
-/// The module with zeros behind its factors.
-pub(super) fn with_rank(module: &Module, rank: usize) -> Module {
+/// The module with zeros behind its factors; nothing where one of them is wider than the rank.
+pub(super) fn with_rank(module: &Module, rank: usize) -> Option<Module> {
     let mut wider = module.clone();
     for (role, tensor) in &mut wider.parameters {
         let Some(own) = module.defined(*role) else {
             continue;
         };
-        *tensor = match *role {
-            DOWN => filled(&own, 0, rank),
-            UP => filled(&own, 1, rank),
-            MID => filled(&filled(&own, 0, rank), 1, rank),
-            _ => own,
+        let axes: &[usize] = match *role {
+            DOWN => &[0],
+            UP => &[1],
+            MID => &[0, 1],
+            _ => &[],
         };
+        if axes.iter().any(|axis| own.dimension(*axis) > rank) {
+            return None;
+        }
+        *tensor = axes
+            .iter()
+            .fold(own, |tensor, axis| filled(&tensor, *axis, rank));
     }
     wider.stored = Stored::AsDefined;
     wider.scale = module.scale.at_rank(rank);
-    wider
+    Some(wider)
 }
 
 /// The module with its factors, and the core between them, replaced.

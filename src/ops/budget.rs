@@ -6,12 +6,60 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
+use crate::error::Result;
+
 /// A matrix that ranks can go to.
 pub(super) struct Candidate {
     /// Squared singular values, falling, as far as ranks may go.
     pub(super) squares: Vec<f64>,
-    /// Numbers that a rank takes.
+    /// Numbers (or bytes, where what may be spent is in bytes) that a rank takes.
     pub(super) cost: usize,
+}
+
+/// How often something is made anew until it fills a budget.
+pub(super) struct Attempts {
+    /// At most so often.
+    pub(super) most: usize,
+    /// And not again where no more bytes than this are left.
+    pub(super) enough: u64,
+}
+
+/// Makes something in different rooms until it fills a budget: `make` is given what may be spent, and tells how many
+/// bytes came of it. The last that fits; nothing where none does.
+///
+/// # Errors
+/// What making gives.
+pub(super) fn within<T>(
+    budget: u64,
+    mut room: u64,
+    attempts: &Attempts,
+    mut make: impl FnMut(u64) -> Result<(T, u64)>,
+) -> Result<Option<T>> {
+    let (mut best, mut last) = (None, None);
+    // Rooms that are known to be small enough, and too large.
+    let (mut small, mut large) = (0, u64::MAX);
+    for _ in 0..attempts.most {
+        let (made, bytes) = make(room)?;
+        let Some(unused) = budget.checked_sub(bytes) else {
+            large = large.min(room);
+            room = room.saturating_sub(bytes - budget);
+            if room <= small {
+                room = small + (large - small) / 2;
+            }
+            continue;
+        };
+        best = Some(made);
+        // More room that buys nothing means that there is nothing more to buy.
+        if unused <= attempts.enough || last.replace(bytes) == Some(bytes) {
+            break;
+        }
+        small = room;
+        room = room.saturating_add(unused);
+        if room >= large {
+            room = small + (large - small) / 2;
+        }
+    }
+    Ok(best)
 }
 
 /// The next rank of a matrix.

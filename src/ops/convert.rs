@@ -8,7 +8,7 @@ use super::merge::Control;
 use super::outgoing::{Base, Outgoing, Wish, write};
 use crate::adapter::{Adapter, ReplacementKind};
 use crate::checkpoint::sink::Destination;
-use crate::error::Result;
+use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Found, Loss, ReadOptions, Written};
 use crate::naming::{Resolution, Rows};
 use crate::notice::{Notice, NoticeKind};
@@ -103,6 +103,31 @@ pub fn plan(options: &Options) -> Result<Plan> {
         select(adapter, options)?;
         Ok(Vec::new())
     })
+}
+
+/// The options with the adapter's own format where they name none.
+///
+/// # Errors
+/// [`Reason::NotWritten`] where that is not written; what reading gives for what no format recognises.
+pub(super) fn in_own_format(options: &Options) -> Result<Options> {
+    let mut conversion = options.clone();
+    if !conversion.to.is_empty() {
+        return Ok(conversion);
+    }
+    let found = Found::open(&conversion.adapter)?;
+    conversion.to = found.format().map_or("", Format::id).to_owned();
+    let writer = found.format().and_then(Format::writer);
+    if let (Some(format), None) = (found.format(), writer) {
+        let name = format.name();
+        return Err(Error::new(Reason::NotWritten { name })
+            .in_file(&conversion.adapter)
+            .with_hint("--to names a format that is written"));
+    }
+    // What no format recognises is told as reading tells it.
+    if found.format().is_none() {
+        found.read(&conversion.read)?;
+    }
+    Ok(conversion)
 }
 
 /// The same for an adapter that is changed on the way; the change tells what it multiplied into parameters.
@@ -222,6 +247,11 @@ impl Plan {
     /// Tells what a run would do.
     pub fn report(&self) -> &Report {
         &self.report
+    }
+
+    /// Bytes of the file of tensors that is read.
+    pub(super) fn adapter_bytes(&self) -> u64 {
+        self.found.file.input.len()
     }
 
     fn destination(&self, control: &Control<'_>) -> Result<Destination> {

@@ -3,7 +3,7 @@
 use super::convert::{self, Plan};
 use crate::adapter::{Adapter, Module, ReplacementKind, Scale};
 use crate::error::{Error, Reason, Result};
-use crate::formats::{Format, Found, Loss};
+use crate::formats::Loss;
 use crate::notice::{Notice, NoticeKind};
 use crate::pattern::Choice;
 use crate::tensor::typed;
@@ -42,22 +42,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
     }
     let wanted = &options.conversion;
     let choice = Choice::new(&wanted.only, &wanted.skip)?;
-    let mut conversion = wanted.clone();
-    if conversion.to.is_empty() {
-        let found = Found::open(&conversion.adapter)?;
-        conversion.to = found.format().map_or("", Format::id).to_owned();
-        let writer = found.format().and_then(Format::writer);
-        if let (Some(format), None) = (found.format(), writer) {
-            let name = format.name();
-            return Err(Error::new(Reason::NotWritten { name })
-                .in_file(&conversion.adapter)
-                .with_hint("--to names a format that is written"));
-        }
-        // What no format recognises is told as reading tells it.
-        if found.format().is_none() {
-            found.read(&conversion.read)?;
-        }
-    }
+    let conversion = convert::in_own_format(wanted)?;
     convert::planned(&conversion, |adapter| scaled(adapter, options.by, &choice))
 }
 

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use super::merge::{Control, Report, Restored};
 use super::undo::{Frame, Piece, Restoring};
-use super::{merge, threads, unmerge};
+use super::workers::workers;
+use super::{merge, unmerge};
 use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Reason, Result};
 use crate::mapped::Input;
@@ -42,7 +43,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
         }));
     }
     let kernel = merge::kernel(to.kernel.as_deref())?;
-    let pool = threads::pool(to.threads)?;
+    let pool = workers(to.threads)?;
     let restoring = pool.install(|| unmerge::restoring(from, kernel))?;
     let parent = to
         .output

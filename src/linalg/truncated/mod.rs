@@ -223,11 +223,14 @@ enum Approximated {
     Hard,
 }
 
-/// By the triangles of both factors: no matrix is larger than they are.
+/// Decomposes a product by the triangles of both factors: no matrix is larger than they are.
 ///
 /// `L = Q·R` and `Mᵀ = P·S`, so that `L·M = Q·(R·Sᵀ)·Pᵀ`, and the decomposition of what is between is that of the
 /// product.
-fn of_factors(
+///
+/// # Errors
+/// [`crate::Reason::DifferenceNotFinite`] and [`crate::Reason::Factorisation`].
+pub fn of_factors(
     left: Array2<f64>,
     right: Array2<f64>,
     settings: &Settings<'_>,

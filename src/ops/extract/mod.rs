@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use super::merge::Control;
 use super::outgoing::{Base, Outgoing, Wish, format, shape, write};
-use super::threads;
+use super::workers::{algebra, workers};
 use crate::adapter::{Adapter, Method};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Loss, customary};
-use crate::linalg::dense::{ALGEBRAS, Algebra};
+use crate::linalg::dense::Algebra;
 use crate::mapped::Input;
 use crate::methods::METHODS;
 use crate::notice::Notice;
@@ -298,26 +298,6 @@ fn named(name: Option<&str>) -> Result<&'static dyn Method> {
     })
 }
 
-fn algebra(name: Option<&str>) -> Result<&'static dyn Algebra> {
-    let Some(name) = name else {
-        return Ok(ALGEBRAS[0]);
-    };
-    let found = ALGEBRAS
-        .iter()
-        .copied()
-        .find(|algebra| algebra.name() == name);
-    found.ok_or_else(|| {
-        let all: Vec<&str> = ALGEBRAS.iter().map(|algebra| algebra.name()).collect();
-        Error::new(Reason::BadOption {
-            text: name.to_owned(),
-            problem: format!(
-                "no such linear algebra in this build; there are {}",
-                all.join(", ")
-            ),
-        })
-    })
-}
-
 /// Whether the layers are those of an image or video model.
 fn is_denoiser(pairs: &[Pair]) -> bool {
     use crate::naming::{component, families};
@@ -401,7 +381,6 @@ impl Plan {
     fn searched(&self, control: &Control<'_>) -> Result<(Outgoing, Report)> {
         let destination = self.destination(control)?;
         let folder = destination.target().parent().unwrap_or(Path::new("."));
-        let pool = threads::pool(self.options.threads)?;
-        pool.install(|| Search::new(self, control).run(folder))
+        workers(self.options.threads)?.install(|| Search::new(self, control).run(folder))
     }
 }

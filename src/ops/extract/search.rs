@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use super::super::budget::{Candidate, spent};
+use super::super::budget::{Attempts, Candidate, spent, within};
 use super::super::spool::Spool;
 use super::measure::{Measured, measured, spectrum};
 use super::pairs::{Pair, Way};
@@ -98,10 +98,13 @@ impl<'a> Search<'a> {
             }
             self.advance(index);
         }
-        let mut room = self.room(&sorted, budget);
-        let mut best = None;
+        let room = self.room(&sorted, budget);
         let left_out = std::mem::take(&mut sorted.left_out);
-        for _ in 0..ATTEMPTS {
+        let attempts = Attempts {
+            most: ATTEMPTS,
+            enough: budget / 50,
+        };
+        let best = within(budget, room, &attempts, |room| {
             let ranks = spent(&candidates, room / plan.options.dtype.size() as u64);
             sorted.left_out.clone_from(&left_out);
             let mut spool = Spool::new(folder)?;
@@ -119,18 +122,8 @@ impl<'a> Search<'a> {
             }
             let (outgoing, report) = self.written(&sorted, found)?;
             let bytes = report.bytes;
-            // What stands around the factors is known now.
-            match budget.checked_sub(bytes) {
-                None => room = room.saturating_sub(bytes - budget),
-                Some(unused) => {
-                    best = Some((outgoing, report));
-                    if unused * 50 < budget {
-                        break;
-                    }
-                    room += unused;
-                }
-            }
-        }
+            Ok(((outgoing, report), bytes))
+        })?;
         best.ok_or_else(|| {
             let text = budget.to_string();
             let problem =

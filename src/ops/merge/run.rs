@@ -16,13 +16,13 @@ use crate::checkpoint::config;
 use crate::checkpoint::sink::{Shape, Sink};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
-use crate::ops::threads;
+use crate::ops::workers::{threads, workers};
 use crate::tensor::Tensor;
 
 impl Plan {
     /// Tells what a run would do.
     pub fn report(&self) -> Report {
-        Report::of(self, threads::count(self.options.threads))
+        Report::of(self, threads(self.options.threads))
     }
 
     /// Runs the plan.
@@ -54,7 +54,7 @@ impl Plan {
         destination.check_space(self.disk_needed())?;
         let sink = destination.begin()?;
         let undo = self.undo_destination(control.faults.clone())?;
-        let pool = threads::pool(self.options.threads)?;
+        let pool = workers(self.options.threads)?;
         // What is restored has no checksums but its own.
         for shard in self.base.shards.iter().filter(|_| self.behind.is_empty()) {
             shard.file.verify_while(&|| control.check())?;

@@ -15,8 +15,8 @@ use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
 use crate::ops::merge::pipeline::{self, Pipeline, Settings, Watching};
 use crate::ops::merge::{Control, FileReport, PlannedTensor, kernel};
-use crate::ops::threads;
 use crate::ops::undo::{FileEntry, Given, How, Piece, Restoring, hash_of};
+use crate::ops::workers::{threads, workers};
 
 /// A base that can be restored bit for bit.
 pub(super) struct Plan {
@@ -30,7 +30,7 @@ pub(super) struct Plan {
 
 pub(super) fn plan(options: &Options) -> Result<Plan> {
     let kernel = kernel(options.kernel.as_deref())?;
-    let pool = threads::pool(options.threads)?;
+    let pool = workers(options.threads)?;
     let restoring = pool.install(|| restoring(options, kernel))?;
     let shape = shape(options, &restoring);
     let (companions, notices) = beside(&restoring)?;
@@ -182,7 +182,7 @@ impl Plan {
             copied: self.companions.iter().map(|own| own.name.clone()).collect(),
             bounds: Vec::new(),
             disk: self.disk(),
-            threads: threads::count(self.options.threads),
+            threads: threads(self.options.threads),
             kernel: self.kernel.name.to_owned(),
             seconds: None,
             notices: self.notices.clone(),
@@ -201,7 +201,7 @@ impl Plan {
             base: &self.options.merged,
             total: self.disk(),
         };
-        threads::pool(self.options.threads)?.install(|| {
+        workers(self.options.threads)?.install(|| {
             pipeline::run(settings, |pipeline| {
                 let mut files = self.restoring.directory().files.iter();
                 files.try_for_each(|file| self.file(file, &sink, pipeline))
