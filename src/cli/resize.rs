@@ -190,7 +190,11 @@ fn print(report: &Report) {
     let mut fields = Fields::new(&format!(
         "resized {} ({} modules of {})",
         report.conversion.adapter,
-        report.resized.len(),
+        report
+            .resized
+            .iter()
+            .map(|module| 1 + module.parts.len())
+            .sum::<usize>(),
         report.conversion.modules
     ));
     fields.list("layer", &table(&report.resized));

@@ -178,10 +178,12 @@ fn comfyui(draft: &Draft<'_>, named: &Named, written: &mut Written) {
         return written.put(draft, key("set_weight"), value);
     }
     let mut paddings = draft.adapter.paddings.iter();
-    if let Some(padding) = paddings.find(|padding| padding.path == module.path) {
+    if let Some(padding) = paddings.find(|padding| padding.path == module.path)
+        // Several modules of one layer say it once.
+        && written.said.insert(padding.path.clone())
+    {
         let shape = sizes(&padding.tensor, &padding.shape);
         written.put_as_is(key("reshape_weight"), &shape);
-        written.said.insert(padding.path.clone());
     }
     let Some(bias) = module.get(lora::BIAS) else {
         return kohya::suffixed(draft, named, written, key);

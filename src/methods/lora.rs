@@ -200,8 +200,9 @@ impl Method for Lora {
     }
 }
 
-/// A and B of singular triplets, whose roots they share: `scale · B · A` is their sum. The element of a column of B
-/// that is largest in magnitude (the first of several) has the sign of the scale.
+/// A and B of singular triplets, whose roots they share: `scale · B · A` is their sum. The element of a vector of the
+/// rows that is largest in magnitude (the first of several) is positive, times the sign of the scale where the rows are
+/// outputs; so a matrix that is stored once and used in both ways has the same factors in both.
 pub(super) fn balanced(
     orientation: Orientation,
     shape: &[usize],
@@ -209,13 +210,9 @@ pub(super) fn balanced(
     scale: f64,
 ) -> [(Role, Vec<usize>, Vec<f64>); 2] {
     let (left, right) = (&mut truncation.left, &mut truncation.right);
-    let (up, down) = match orientation {
-        Orientation::OutputsFirst => (left, right),
-        Orientation::InputsFirst => (right, left),
-    };
-    let (mut up, mut down) = (std::mem::take(up), std::mem::take(down));
+    let (mut left, mut right) = (std::mem::take(left), std::mem::take(right));
     for (index, value) in truncation.values.iter().enumerate() {
-        let largest = up.row(index).iter().fold(0.0f64, |largest, element| {
+        let largest = left.row(index).iter().fold(0.0f64, |largest, element| {
             match element.abs() > largest.abs() {
                 true => *element,
                 false => largest,
@@ -226,12 +223,19 @@ pub(super) fn balanced(
             true => (value / scale.abs()).sqrt(),
             false => 0.0,
         };
-        let sign = if largest < 0.0 { -1.0 } else { 1.0 };
-        let of_scale = if scale < 0.0 { -1.0 } else { 1.0 };
-        up.row_mut(index)
-            .mapv_inplace(|element| element * sign * of_scale * share);
-        down.row_mut(index)
-            .mapv_inplace(|element| element * sign * share);
+        let share = if largest < 0.0 { -share } else { share };
+        for vectors in [&mut left, &mut right] {
+            vectors
+                .row_mut(index)
+                .mapv_inplace(|element| element * share);
+        }
+    }
+    let (mut up, down) = match orientation {
+        Orientation::OutputsFirst => (left, right),
+        Orientation::InputsFirst => (right, left),
+    };
+    if scale < 0.0 {
+        up.mapv_inplace(|element| -element);
     }
     let rank = truncation.values.len();
     let (outputs, inputs) = (up.ncols(), down.ncols());

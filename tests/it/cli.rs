@@ -641,6 +641,7 @@ fn every_command_has_help_with_examples_a_manual_page_and_completions() {
         "switch",
         "convert",
         "rescale",
+        "resize",
         "extract",
         "inspect",
         "check",

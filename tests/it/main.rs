@@ -11,6 +11,7 @@ mod cli;
 mod cli_extract;
 #[cfg(feature = "cli")]
 mod cli_undo;
+mod cli_resize;
 mod conversion_laws;
 mod conversions;
 mod convert;
@@ -48,6 +49,7 @@ mod overflow;
 mod readme;
 mod real_adapters;
 mod rescale;
+mod resize;
 mod sums;
 mod support;
 mod tied;

@@ -127,6 +127,7 @@ pub(super) fn resized(
     let share = |part: f64| if square > 0.0 { part / square } else { 0.0 };
     let mut report = ResizedReport {
         path: module.path.clone(),
+        parts: Vec::new(),
         shape: module.method.shape(module).unwrap_or_default(),
         old_rank: layer.rank,
         rank,

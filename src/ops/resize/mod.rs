@@ -16,6 +16,7 @@ mod measure;
 mod report;
 mod sd_scripts;
 mod size;
+mod whole;
 mod work;
 
 use work::Work;

@@ -31,7 +31,10 @@ pub struct Report {
 pub struct ResizedReport {
     /// Path of the layer.
     pub path: String,
-    /// The weight's shape as stored, as far as the module tells.
+    /// Paths of the other modules that are parts of one fused layer in the file, and have one factor with it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<String>,
+    /// The weight's shape as stored, as far as the module tells; of a fused layer that of all parts.
     pub shape: Vec<usize>,
     /// The rank before.
     pub old_rank: usize,

@@ -59,7 +59,7 @@ impl Work<'_> {
         let mut candidates = Vec::new();
         convert::planned(self.conversion, |adapter| {
             let chosen = self.chosen(adapter, &mut Vec::new())?;
-            let layers = layers(adapter, &chosen);
+            let layers = layers(&chosen);
             let made = layers.par_iter().map(|layer| self.candidate(layer));
             candidates = made.collect::<Result<_>>()?;
             Ok(Vec::new())
@@ -84,11 +84,11 @@ impl Work<'_> {
     fn bytes(&self, ranks: &[usize]) -> Result<u64> {
         let plan = convert::planned(self.conversion, |adapter: &mut Adapter| {
             let chosen = self.chosen(adapter, &mut Vec::new())?;
-            let made = layers(adapter, &chosen).into_iter().zip(ranks).enumerate();
+            let made = layers(&chosen).into_iter().zip(ranks).enumerate();
             let made = made.map(|(number, (layer, rank))| self.outline(&layer, *rank, number));
             let made: Vec<Module> = made.collect::<Result<_>>()?;
-            for (index, module) in chosen.iter().zip(made) {
-                adapter.modules[*index] = module;
+            for (whole, module) in chosen.iter().zip(&made) {
+                whole.put(module, adapter)?;
             }
             Ok(Vec::new())
         })?;

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use super::super::convert;
 use super::super::spool::Spool;
 use super::measure::{Layer, Resized, is_new, resized};
-use super::report::Found;
+use super::report::{Found, How};
+use super::whole::Whole;
 use super::{Counting, Options, Ranks, sd_scripts};
 use crate::adapter::Adapter;
 use crate::error::{Error, Reason, Result};
@@ -49,8 +50,8 @@ impl Work<'_> {
         Ok((plan, found))
     }
 
-    /// Numbers of the modules that have a rank and are chosen; the others with a reason.
-    pub(super) fn chosen(&self, adapter: &Adapter, kept: &mut Vec<Loss>) -> Result<Vec<usize>> {
+    /// The modules that have a rank and are chosen; the others with a reason.
+    pub(super) fn chosen(&self, adapter: &Adapter, kept: &mut Vec<Loss>) -> Result<Vec<Whole>> {
         let mut chosen = Vec::new();
         for (index, module) in adapter.modules.iter().enumerate() {
             let why = match self.choice.keeps(&module.path)? {
@@ -69,7 +70,7 @@ impl Work<'_> {
             true => Err(Error::new(Reason::NothingSelected)
                 .in_file(&self.conversion.adapter)
                 .with_hint("modules without a rank cannot be resized")),
-            false => Ok(chosen),
+            false => Ok(Whole::all(adapter, &chosen)),
         }
     }
 
@@ -77,11 +78,11 @@ impl Work<'_> {
     fn replace(
         &self,
         adapter: &mut Adapter,
-        chosen: &[usize],
+        chosen: &[Whole],
         ranks: Option<&[usize]>,
         (spool, found): (&mut Spool, &mut Found),
     ) -> Result<()> {
-        let layers = layers(adapter, chosen);
+        let layers = layers(chosen);
         let total = layers.iter().map(Layer::bytes).sum();
         let mut done = 0;
         let mut all = Vec::new();
@@ -100,14 +101,17 @@ impl Work<'_> {
                             spool.keep(&made, made.dtype, made.shape.clone(), &made.bytes()?)?;
                     }
                 }
-                found.resized.push(made.report);
-                all.push(made.module);
+                all.push(made);
                 done += layer.bytes();
                 self.control.progress(done, total);
             }
         }
-        for (index, module) in chosen.iter().zip(all) {
-            adapter.modules[*index] = module;
+        for (whole, Resized { module, mut report }) in chosen.iter().zip(all) {
+            report.parts = whole.others(adapter);
+            if report.how != How::Same {
+                whole.put(&module, adapter)?;
+            }
+            found.resized.push(report);
         }
         Ok(())
     }
@@ -204,8 +208,8 @@ impl Work<'_> {
 }
 
 /// The chosen modules, which are known to have a rank.
-pub(super) fn layers<'a>(adapter: &'a Adapter, chosen: &[usize]) -> Vec<Layer<'a>> {
-    let modules = chosen.iter().map(|index| &adapter.modules[*index]);
+pub(super) fn layers(chosen: &[Whole]) -> Vec<Layer<'_>> {
+    let modules = chosen.iter().map(|whole| &whole.module);
     modules
         .filter_map(|module| Layer::of(module).ok())
         .collect()
