@@ -40,6 +40,33 @@ pub(super) struct Convert {
     pub(super) writing: Writing,
 }
 
+/// What of an adapter is changed, and into which format it is written.
+#[derive(Args, Debug)]
+pub(super) struct Changing {
+    /// The format to write [default: that of the adapter]
+    #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
+    to: Option<String>,
+    /// Change only modules whose path the pattern finds; the others stay as they are (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    only: Vec<String>,
+    /// Leave modules as they are whose path the pattern finds (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    skip: Vec<String>,
+}
+
+impl Changing {
+    /// The options of a conversion that changes an adapter.
+    pub(super) fn options(&self, adapter: &Path, writing: &Writing) -> Result<Options, Error> {
+        Ok(Options {
+            adapter: adapter.clone(),
+            to: self.to.clone().unwrap_or_default(),
+            only: self.only.clone(),
+            skip: self.skip.clone(),
+            ..writing.options()?
+        })
+    }
+}
+
 /// How an adapter is written.
 #[derive(Args, Debug)]
 pub(super) struct Writing {

@@ -1,11 +1,10 @@
 //! `loratool rescale`
 
 use clap::Args;
-use loratool::ops::convert;
 use loratool::ops::rescale::{By, Options, plan};
 
-use super::convert::Writing;
-use super::{Outcome, Path, targets};
+use super::convert::{Changing, Writing};
+use super::{Outcome, Path};
 
 /// Make an adapter stronger or weaker, without its base.
 ///
@@ -38,15 +37,8 @@ pub(super) struct Rescale {
         conflicts_with = "factor"
     )]
     alpha: Option<f64>,
-    /// The format to write [default: that of the adapter]
-    #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
-    to: Option<String>,
-    /// Scale only modules whose path the pattern finds; the others stay as they are (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    only: Vec<String>,
-    /// Leave modules as they are whose path the pattern finds (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    skip: Vec<String>,
+    #[command(flatten)]
+    changing: Changing,
     #[command(flatten)]
     pub(super) writing: Writing,
 }
@@ -57,13 +49,7 @@ impl Rescale {
             (Some(factor), _) => By::Factor(factor),
             (None, alpha) => By::Alpha(alpha.unwrap_or(f64::NAN)),
         };
-        let conversion = convert::Options {
-            adapter: self.adapter,
-            to: self.to.unwrap_or_default(),
-            only: self.only,
-            skip: self.skip,
-            ..self.writing.options()?
-        };
+        let conversion = self.changing.options(&self.adapter, &self.writing)?;
         self.writing.run(plan(&Options { conversion, by })?)
     }
 }

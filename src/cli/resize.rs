@@ -1,15 +1,14 @@
 //! `loratool resize`
 
 use clap::{Args, ValueEnum};
-use loratool::ops::convert;
 use loratool::ops::resize::{Counting, How, Options, Ranks, Report, ResizedReport, plan};
 use loratool::{Error, Reason};
 
-use super::convert::Writing;
+use super::convert::{Changing, Writing};
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, with_progress};
 use super::table::{kinds, numbers, percent, shares};
-use super::{Outcome, Path, size, targets};
+use super::{Outcome, Path, size};
 
 /// Give an adapter other ranks, with the least that they can leave out.
 ///
@@ -75,15 +74,8 @@ pub(super) struct Resize {
     /// Count singular values as another tool does
     #[arg(long, value_enum)]
     compat: Option<Compat>,
-    /// The format to write [default: that of the adapter]
-    #[arg(long, value_name = "FORMAT", value_parser = targets([]))]
-    to: Option<String>,
-    /// Resize only modules whose path the pattern finds; the others stay as they are (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    only: Vec<String>,
-    /// Leave modules as they are whose path the pattern finds (repeatable)
-    #[arg(long, value_name = "REGEX")]
-    skip: Vec<String>,
+    #[command(flatten)]
+    changing: Changing,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
@@ -164,13 +156,7 @@ impl Resize {
             (None, rank, ..) => (Ranks::Fixed(rank.unwrap_or(0)), None),
         };
         Ok(Options {
-            conversion: convert::Options {
-                adapter: self.adapter.clone(),
-                to: self.to.clone().unwrap_or_default(),
-                only: self.only.clone(),
-                skip: self.skip.clone(),
-                ..self.writing.options()?
-            },
+            conversion: self.changing.options(&self.adapter, &self.writing)?,
             ranks,
             conv_rank: self.conv_rank,
             max_rank,

@@ -74,7 +74,7 @@ pub struct Options {
     pub seed: u64,
     /// Worker threads; one per core if absent.
     pub threads: Option<usize>,
-    /// One of [`ALGEBRAS`] by name; the first if absent.
+    /// One of [`crate::linalg::dense::ALGEBRAS`] by name; the first if absent.
     pub algebra: Option<String>,
     /// Leaves out tensors that have no difference, and says so.
     pub allow_unmatched: bool,
