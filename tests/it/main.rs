@@ -10,8 +10,9 @@ mod cli;
 #[cfg(feature = "cli")]
 mod cli_extract;
 #[cfg(feature = "cli")]
-mod cli_undo;
 mod cli_resize;
+#[cfg(feature = "cli")]
+mod cli_undo;
 mod conversion_laws;
 mod conversions;
 mod convert;

@@ -139,7 +139,8 @@ pub struct Truncation {
     pub spectrum: Vec<f64>,
     /// The squared Frobenius norm of Δ.
     pub square: f64,
-    /// Whether the rank is the one that was asked for, rather than the largest allowed.
+    /// Whether the rank is the one that was asked for, or that of the matrix where that is less, rather than the largest
+    /// allowed.
     pub reached: bool,
     /// How good it is.
     pub proof: Proof,
