@@ -22,6 +22,11 @@ pub trait Writer: Sync {
     /// The names of layers that it writes; the hub's where there is none.
     fn layout(&self, family: Option<&str>) -> Option<Layout>;
 
+    /// Whether a flattened name is written as it is, of whichever layout.
+    fn keeps_flattened(&self) -> bool {
+        false
+    }
+
     /// Turns an adapter into files. What the format cannot say becomes a loss, never less than all.
     ///
     /// # Errors

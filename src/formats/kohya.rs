@@ -93,6 +93,10 @@ impl Writer for Kohya {
         (family != Some("sd1")).then_some(Layout::Original)
     }
 
+    fn keeps_flattened(&self) -> bool {
+        true
+    }
+
     fn write(&self, draft: &Draft<'_>) -> Result<Written> {
         let mut written = Written {
             name: "adapter.safetensors",
@@ -118,9 +122,13 @@ pub(super) fn module(draft: &Draft<'_>, named: &Named, written: &mut Written) {
 }
 
 /// What stands before the flattened path.
-fn prefix<'a>(draft: &Draft<'a>, named: &Named) -> Option<&'a str> {
+fn prefix<'a>(draft: &Draft<'a>, named: &'a Named) -> Option<&'a str> {
     if let Some(prefix) = draft.prefix {
         return Some(prefix);
+    }
+    // A name that was flattened already.
+    if named.prefix.ends_with('_') {
+        return Some(&named.prefix);
     }
     let component = named.component?;
     let single = || {

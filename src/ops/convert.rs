@@ -105,7 +105,7 @@ pub fn plan(options: &Options) -> Result<Plan> {
     })
 }
 
-/// The options with the adapter's own format where they name none.
+/// The options with the adapter's own format, and its own names, where they name none.
 ///
 /// # Errors
 /// [`Reason::NotWritten`] where that is not written; what reading gives for what no format recognises.
@@ -116,6 +116,7 @@ pub(super) fn in_own_format(options: &Options) -> Result<Options> {
     }
     let found = Found::open(&conversion.adapter)?;
     conversion.to = found.format().map_or("", Format::id).to_owned();
+    conversion.names = conversion.names.or(Some(Names::Own));
     let writer = found.format().and_then(Format::writer);
     if let (Some(format), None) = (found.format(), writer) {
         let name = format.name();

@@ -607,6 +607,33 @@ fn every_format_that_is_written_comes_out_as_it_went_in() {
 }
 
 #[test]
+fn names_of_layers_stay_in_their_own_format() {
+    for source in [
+        "lycoris/unet_attn/kohya.safetensors",
+        "lycoris/unet_attn/kohya_sgm.safetensors",
+        "lycoris/unet_attn/diffusers_mid.safetensors",
+        "formats/flux/kohya.safetensors",
+        "formats/flux/kohya-split.safetensors",
+        "formats/flux/onetrainer-kohya.safetensors",
+        "lycoris/lora_conv3_dora_in/adapter.safetensors",
+    ] {
+        let room = tempfile::tempdir().unwrap();
+        let source = fixture(source);
+        let output = room.path().join("out.safetensors");
+        let report = resize(&source, Ranks::Fixed(1), &output).unwrap();
+        let name = source.display();
+        assert!(report.conversion.bytes < report.adapter_bytes, "{name}");
+        let (old, mut new) = (bits(&source), bits(&output));
+        new.retain(|key, _| old.contains_key(key) || !key.ends_with(".alpha"));
+        assert_eq!(
+            old.keys().collect::<Vec<_>>(),
+            new.keys().collect::<Vec<_>>(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn another_format_is_written_where_it_is_asked_for() {
     let room = tempfile::tempdir().unwrap();
     let source = fixture("lycoris/unet_attn/kohya.safetensors");

@@ -25,6 +25,8 @@ pub enum Names {
     Hub,
     /// Those of the model's first publication.
     Original,
+    /// Those that the adapter has, where the format writes a flattened name as it is.
+    Own,
 }
 
 /// What the target's names and types are to be.
@@ -126,11 +128,14 @@ pub(super) fn write(
     let layout = match wish.names {
         Some(Names::Hub) => None,
         Some(Names::Original) => Some(Layout::Original),
-        None => writer.layout(family),
+        None | Some(Names::Own) => writer.layout(family),
     };
     let denoiser = names::denoiser(adapter, family);
     let part = names::part(adapter, wish.component, denoiser)?;
-    let renamed = names::renamed(adapter, layout, family, part, base)?;
+    let renamed = match wish.names == Some(Names::Own) && writer.keeps_flattened() {
+        true => names::own(adapter, part),
+        false => names::renamed(adapter, layout, family, part, base)?,
+    };
     let draft = Draft {
         modules: renamed.modules,
         adapter,

@@ -213,6 +213,23 @@ fn matches(module: &Module) -> Vec<Match> {
     found
 }
 
+/// The modules under the flattened names that they have; bare ones are of the `part`.
+pub(super) fn own(adapter: &Adapter, part: Option<(&'static Component, &'static str)>) -> Renamed {
+    let named = |module: &Module| {
+        let parts = parts_of(module);
+        Named {
+            component: parts.component.or(part.map(|(component, _)| component)),
+            prefix: parts.prefix.to_owned(),
+            path: parts.path.to_owned(),
+            module: module.clone(),
+        }
+    };
+    Renamed {
+        modules: adapter.modules.iter().map(named).collect(),
+        folded: Vec::new(),
+    }
+}
+
 /// The modules under the names of a layout (the hub's if `None`), split or fused where layers are; bare ones are
 /// of the `part`.
 ///
