@@ -74,19 +74,20 @@ def peft(tensors):
     from peft import LoraConfig, get_peft_model
 
     model = torch.nn.Module()
+    names = {name: name.removeprefix("lora_") for name, _, _ in layers()}  # PEFT passes over names with `lora_`
     for name, outputs, inputs in layers():
-        model.add_module(name, torch.nn.Linear(inputs, outputs, bias=False))
-    names = [name for name, _, _ in layers()]
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+        model.add_module(names[name], torch.nn.Linear(inputs, outputs, bias=False))
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(names.values())))
     with torch.no_grad():
-        for name in names:
-            layer = model.base_model.model.get_submodule(name)
+        for name, own in names.items():
+            layer = model.base_model.model.get_submodule(own)
             layer.lora_A["default"].weight.copy_(tensors[f"{name}.lora_down.weight"])
             layer.lora_B["default"].weight.copy_(tensors[f"{name}.lora_up.weight"])
 
     def resize():
+        # Half of it twice: of one adapter alone it takes no SVD, and gives another rank to its configuration only.
         model.add_weighted_adapter(
-            ["default"], [1.0], "smaller", combination_type="svd", svd_rank=SMALLER, svd_full_matrices=False
+            ["default"] * 2, [0.5] * 2, "smaller", combination_type="svd", svd_rank=SMALLER, svd_full_matrices=False
         )
         model.delete_adapter("smaller")
 
