@@ -173,8 +173,12 @@ impl Resize {
 /// The report for people: a line for each kind of module, the total, and what stays as it was.
 fn print(report: &Report) {
     let total = &report.total;
+    let done = match report.conversion.dry_run {
+        true => "would resize",
+        false => "resized",
+    };
     let mut fields = Fields::new(&format!(
-        "resized {} ({} modules of {})",
+        "{done} {} ({} modules of {})",
         report.conversion.adapter,
         report
             .resized
