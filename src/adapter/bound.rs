@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::evaluate::{Elements, Recipe, Scratch};
-use super::preimage::{bits_at, bits_of_place, place, rounded, value_of};
+use super::preimage::{bits_of_place, mark_same, place, rounded, shifted, value_of};
 use crate::error::Result;
 use crate::linalg::Kernel;
 use crate::tensor::Float;
@@ -35,20 +35,46 @@ impl Bound {
     }
 }
 
-/// The ends of the values that round to a stored one; nothing where it is not finite.
-fn ends(float: Float, bits: u64) -> Option<(f64, f64)> {
-    let value = value_of(float, bits);
-    if !value.is_finite() {
-        return None;
+/// Memory of one thread.
+#[derive(Default)]
+pub struct Memory {
+    neighbours: Vec<u8>,
+    ends: [Vec<f64>; 2],
+    own: Vec<f64>,
+    rounded: [Vec<u8>; 2],
+    marks: Vec<u8>,
+}
+
+impl Memory {
+    /// The middles between merged values and their neighbours away from zero, and towards it.
+    fn set_ends(&mut self, merged: Elements<'_>, count: usize, kernel: &Kernel) {
+        let Memory {
+            neighbours,
+            ends,
+            own,
+            ..
+        } = self;
+        neighbours.resize(merged.bytes.len(), 0);
+        own.resize(count, 0.0);
+        kernel.widen(merged.float, merged.bytes, own);
+        for (ends, step) in ends.iter_mut().zip([1, -1]) {
+            shifted(merged.float, merged.bytes, step, neighbours);
+            ends.resize(count, 0.0);
+            kernel.widen(merged.float, neighbours, ends);
+            for (end, own) in ends.iter_mut().zip(&*own) {
+                *end = *end / 2.0 + own / 2.0;
+            }
+        }
+        // Zero has its neighbours on both sides, and behind the last finite value steps go on as before it.
+        let smallest = value_of(merged.float, 1) / 2.0;
+        for (index, own) in own.iter().enumerate() {
+            if *own == 0.0 {
+                (ends[0][index], ends[1][index]) = (smallest, -smallest);
+            } else if !ends[0][index].is_finite() && own.is_finite() {
+                ends[0][index] = own + (own - ends[1][index]);
+            }
+        }
     }
-    let own = place(float, bits);
-    let [below, above] = [own - 1, own + 1].map(|at| value_of(float, bits_of_place(float, at)));
-    let half = |neighbour: f64, other: f64| match neighbour.is_finite() {
-        true => neighbour / 2.0 - value / 2.0,
-        // Beyond the largest finite value the steps would go on as before it.
-        false => value / 2.0 - other / 2.0,
-    };
-    Some((value + half(below, above), value + half(above, below)))
 }
 
 /// Compares rows that an inverse restored with the ends of what they may have been.
@@ -60,44 +86,63 @@ pub fn measure(
     rows: Range<usize>,
     merged: Elements<'_>,
     restored: &[u8],
-    scratch: &mut Scratch,
+    (scratch, memory): (&mut Scratch, &mut Memory),
     kernel: &Kernel,
 ) -> Result<Bound> {
     let count = rows.len() * inverse.columns;
-    let intervals: Vec<Option<(f64, f64)>> = (0..count)
-        .map(|index| ends(merged.float, bits_at(merged.float, merged.bytes, index)))
-        .collect();
-    let side = |end: fn((f64, f64)) -> f64| -> Vec<f64> {
-        let ends = intervals.iter().map(|ends| ends.map_or(0.0, end));
-        ends.collect()
-    };
-    let (mut low, mut high) = (side(|ends| ends.0), side(|ends| ends.1));
-    inverse.apply(rows.clone(), &mut low, scratch, kernel)?;
-    inverse.apply(rows, &mut high, scratch, kernel)?;
+    let to = inverse.to;
+    memory.set_ends(merged, count, kernel);
+    let Memory {
+        ends,
+        own,
+        rounded,
+        marks,
+        ..
+    } = memory;
+    for (ends, rounded) in ends.iter_mut().zip(rounded.iter_mut()) {
+        inverse.apply(rows.clone(), ends, scratch, kernel)?;
+        rounded.resize(restored.len(), 0);
+        kernel.narrow(to, ends, rounded);
+    }
+    marks.clear();
+    marks.resize(count, 0);
+    mark_same(to, &rounded[0], &rounded[1], 1, marks);
+    kernel.widen(to, restored, own);
     let mut bound = Bound {
         elements: count as u64,
         ..Bound::default()
     };
-    for (index, interval) in intervals.iter().enumerate() {
-        let own = value_of(inverse.to, bits_at(inverse.to, restored, index));
-        if interval.is_none() || !own.is_finite() {
-            continue;
-        }
-        let (low, high) = match low[index] <= high[index] {
-            true => (low[index], high[index]),
-            false => (high[index], low[index]),
-        };
-        // The ends themselves are rounded to f64.
+    let mut most = 0.0f64;
+    for (index, own) in own.iter().enumerate() {
+        let (low, high) = (
+            ends[0][index].min(ends[1][index]),
+            ends[0][index].max(ends[1][index]),
+        );
+        // What is not finite was so in the base, and compares as false.
         let far = (own - low).abs().max((high - own).abs());
-        bound.most = bound.most.max(far * (1.0 + 2f64.powi(-48)));
-        let first = place(inverse.to, rounded(inverse.to, low));
-        let first = first + u64::from(value_of(inverse.to, bits_of_place(inverse.to, first)) < low);
-        let last = place(inverse.to, rounded(inverse.to, high));
-        let last = last - u64::from(value_of(inverse.to, bits_of_place(inverse.to, last)) > high);
-        match (last + 1).checked_sub(first) {
-            None | Some(0) => bound.impossible += 1,
-            Some(count) => bound.differing += 1.0 - 1.0 / count as f64,
+        most = if far > most && far.is_finite() {
+            far
+        } else {
+            most
+        };
+        let is_one = marks[index] == 1 && *own >= low && *own <= high;
+        if !is_one && low.is_finite() && high.is_finite() && own.is_finite() {
+            match within(to, low, high) {
+                0 => bound.impossible += 1,
+                count => bound.differing += 1.0 - 1.0 / count as f64,
+            }
         }
     }
+    // The ends themselves are rounded to f64.
+    bound.most = most * (1.0 + 2f64.powi(-48));
     Ok(bound)
+}
+
+/// How many values of a type lie between two numbers, or are one of them.
+fn within(float: Float, low: f64, high: f64) -> u64 {
+    let at = |value| place(float, rounded(float, value));
+    let value = |place| value_of(float, bits_of_place(float, place));
+    let first = at(low) + u64::from(value(at(low)) < low);
+    let last = at(high) - u64::from(value(at(high)) > high);
+    (last + 1).saturating_sub(first)
 }

@@ -51,14 +51,43 @@ impl Candidates {
     }
 }
 
-/// Memory of one thread.
+/// Memory of one thread, and what was found for a block.
 #[derive(Default)]
 pub struct Scratch {
     values: Vec<f64>,
     probe: Vec<u8>,
     guess: Vec<u8>,
     merged: Vec<u8>,
-    hits: Vec<u8>,
+    marks: Vec<u8>,
+}
+
+impl Scratch {
+    /// For each element the only candidate, as stored bits; where there is more or less than one, anything.
+    pub fn guess(&self) -> &[u8] {
+        &self.guess
+    }
+
+    /// The elements that have not one candidate, or whose base is not it where that is given; with whether the
+    /// candidate is the only one.
+    pub fn open(
+        &mut self,
+        float: Float,
+        base: Option<&[u8]>,
+    ) -> impl Iterator<Item = (usize, bool)> {
+        let mut settled = HIT;
+        if let Some(base) = base {
+            mark_same(float, base, &self.guess, BASE, &mut self.marks);
+            settled |= BASE;
+        }
+        // Hardly any is open, so eight at a time are looked at.
+        let eights = self.marks.chunks(8).enumerate();
+        let eights = eights.filter(move |(_, marks)| *marks != [settled; 8]);
+        eights.flat_map(move |(eight, marks)| {
+            let marks = marks.iter().enumerate();
+            let open = marks.filter(move |(_, mark)| **mark != settled);
+            open.map(move |(at, mark)| (8 * eight + at, mark & !BASE == HIT))
+        })
+    }
 }
 
 /// The stored bits of an element.
@@ -126,52 +155,31 @@ fn finite(float: Float) -> (u64, u64) {
 }
 
 impl Merge<'_> {
-    /// Asks for every element of a block of merged values.
-    pub fn candidates(&self, merged: &[u8], scratch: &mut Scratch, found: &mut Vec<Candidates>) {
-        let count = merged.len() / self.to.size();
-        self.probe(merged, count, scratch);
-        found.clear();
-        let zero = zero(self.from);
-        let bounds = finite(self.from);
-        for index in 0..count {
-            let guess = place(self.from, bits_at(self.from, &scratch.guess, index));
-            // Around zero the sign is more than arithmetic tells.
-            let settled = scratch.hits[index] == HIT
-                && guess.abs_diff(zero) > 2
-                && (bounds.0..=bounds.1).contains(&guess);
-            found.push(match settled {
-                true => Candidates {
-                    first: guess,
-                    count: 1,
-                },
-                false => self.searched(index, bits_at(self.to, merged, index), guess, bounds),
-            });
-        }
-    }
-
-    /// Guesses all elements at once, and tries the guess and its neighbours.
-    fn probe(&self, merged: &[u8], count: usize, scratch: &mut Scratch) {
+    /// Guesses all elements of a block of merged values at once, and tries the guess and its neighbours.
+    pub fn settle(&self, merged: &[u8], scratch: &mut Scratch) {
         let Scratch {
             values,
             probe,
             guess,
             merged: again,
-            hits,
+            marks,
         } = scratch;
+        let count = merged.len() / self.to.size();
         let size = self.from.size();
         values.resize(count, 0.0);
         guess.resize(count * size, 0);
         probe.resize(count * size, 0);
         again.resize(merged.len(), 0);
-        hits.clear();
-        hits.resize(count, 0);
+        marks.clear();
+        marks.resize(count, 0);
         self.kernel.widen(self.to, merged, values);
         for term in self.terms.iter().rev() {
             let values = &mut values[term.elements.clone()];
             self.kernel.accumulate(-term.c, &term.chains, values);
         }
         self.kernel.narrow(self.from, values, guess);
-        for (bit, step) in [(1, 0), (2, 1), (4, -1)] {
+        mark_odd(self.from, guess, marks);
+        for (bit, step) in [(HIT, 0), (UP, 1), (DOWN, -1)] {
             shifted(self.from, guess, step, probe);
             self.kernel.widen(self.from, probe, values);
             for term in self.terms {
@@ -179,7 +187,19 @@ impl Merge<'_> {
                 self.kernel.accumulate(term.c, &term.chains, values);
             }
             self.kernel.narrow(self.to, values, again);
-            same(self.to, merged, again, bit, hits);
+            mark_same(self.to, merged, again, bit, marks);
+        }
+    }
+
+    /// The candidates of an element that is open, by the scratch of its block.
+    pub fn candidates(&self, merged: &[u8], scratch: &Scratch, index: usize) -> Candidates {
+        let guess = place(self.from, bits_at(self.from, &scratch.guess, index));
+        match scratch.marks[index] & !BASE == HIT {
+            true => Candidates {
+                first: guess,
+                count: 1,
+            },
+            false => self.searched(index, bits_at(self.to, merged, index), guess),
         }
     }
 
@@ -200,12 +220,13 @@ impl Merge<'_> {
     }
 
     /// Looks for the ends of the candidates of one element.
-    fn searched(&self, index: usize, merged: u64, guess: u64, bounds: (u64, u64)) -> Candidates {
+    fn searched(&self, index: usize, merged: u64, guess: u64) -> Candidates {
         if !value_of(self.to, merged).is_finite() {
             // It was so in the base.
             let first = place(self.from, rounded(self.from, value_of(self.to, merged)));
             return Candidates { first, count: 1 };
         }
+        let bounds = finite(self.from);
         let wanted = place(self.to, merged);
         let (low, high) = self.ends(index, merged, guess, bounds);
         let at_least = |place: u64| self.merged(index, bits_of_place(self.from, place)) >= wanted;
@@ -240,53 +261,72 @@ impl Merge<'_> {
     }
 }
 
-/// Hits of the guess alone, and of neither neighbour.
+/// The guess becomes the merged value.
 const HIT: u8 = 1;
 
-/// The stored values one place up or down in their order; around zero not exactly.
-fn shifted(float: Float, bytes: &[u8], step: i64, result: &mut [u8]) {
-    /// In magnitude, which differs from the order in the direction below zero alone.
-    macro_rules! shift {
-        ($bits:ty) => {
-            for (from, to) in bytes
-                .as_chunks::<{ size_of::<$bits>() }>()
-                .0
-                .iter()
-                .zip(result.as_chunks_mut::<{ size_of::<$bits>() }>().0)
-            {
-                *to = <$bits>::from_le_bytes(*from)
-                    .wrapping_add(step as $bits)
-                    .to_le_bytes();
+/// So does the value above it.
+const UP: u8 = 2;
+
+/// So does the value below it.
+const DOWN: u8 = 4;
+
+/// The guess is not finite, or so near to zero that its sign is more than arithmetic tells.
+const ODD: u8 = 8;
+
+/// The guess is the base.
+const BASE: u8 = 16;
+
+/// Runs code for each width of a stored element: `$word` is the unsigned integer of it.
+macro_rules! by_width {
+    ($float:expr, $word:ident => $body:block) => {
+        match $float.size() {
+            2 => {
+                type $word = u16;
+                $body
             }
-        };
-    }
-    match float.size() {
-        2 => shift!(u16),
-        4 => shift!(u32),
-        _ => shift!(u64),
-    }
+            4 => {
+                type $word = u32;
+                $body
+            }
+            _ => {
+                type $word = u64;
+                $body
+            }
+        }
+    };
+}
+
+/// The stored values one place up or down in magnitude, which around zero is no place.
+pub(super) fn shifted(float: Float, bytes: &[u8], step: i64, result: &mut [u8]) {
+    by_width!(float, Word => {
+        let result = result.as_chunks_mut::<{ size_of::<Word>() }>().0;
+        for (from, to) in bytes.as_chunks().0.iter().zip(result) {
+            *to = Word::from_le_bytes(*from).wrapping_add(step as Word).to_le_bytes();
+        }
+    });
 }
 
 /// Marks the elements that two blocks share.
-fn same(float: Float, a: &[u8], b: &[u8], bit: u8, marks: &mut [u8]) {
-    macro_rules! compare {
-        ($size:literal) => {
-            for ((a, b), mark) in a
-                .as_chunks::<$size>()
-                .0
-                .iter()
-                .zip(b.as_chunks::<$size>().0)
-                .zip(marks)
-            {
-                *mark |= bit * u8::from(a == b);
-            }
-        };
-    }
-    match float.size() {
-        2 => compare!(2),
-        4 => compare!(4),
-        _ => compare!(8),
-    }
+pub(super) fn mark_same(float: Float, a: &[u8], b: &[u8], bit: u8, marks: &mut [u8]) {
+    by_width!(float, Word => {
+        let (a, b) = (a.as_chunks::<{ size_of::<Word>() }>().0, b.as_chunks().0);
+        for ((a, b), mark) in a.iter().zip(b).zip(marks) {
+            *mark |= bit * u8::from(Word::from_le_bytes(*a) == Word::from_le_bytes(*b));
+        }
+    });
+}
+
+/// Marks the elements that are no ordinary numbers.
+fn mark_odd(float: Float, bytes: &[u8], marks: &mut [u8]) {
+    let (sign, infinity) = (sign_bit(float), rounded(float, f64::INFINITY));
+    by_width!(float, Word => {
+        let (sign, infinity) = (sign as Word, infinity as Word);
+        let bytes = bytes.as_chunks::<{ size_of::<Word>() }>().0;
+        for (bytes, mark) in bytes.iter().zip(marks) {
+            let magnitude = Word::from_le_bytes(*bytes) & !sign;
+            *mark |= ODD * u8::from((magnitude <= 2) | (magnitude >= infinity));
+        }
+    });
 }
 
 /// The first place within bounds from which on a monotone question is answered with yes; the place behind the last
@@ -354,6 +394,16 @@ mod tests {
             .collect()
     }
 
+    /// Asks for the one element of a block.
+    fn ask(merge: &Merge<'_>, merged: &[u8]) -> Candidates {
+        let mut scratch = Scratch::default();
+        merge.settle(merged, &mut scratch);
+        let open = scratch.open(merge.from, None).count();
+        let found = merge.candidates(merged, &scratch, 0);
+        assert!(open == 1 || found.count == 1);
+        found
+    }
+
     fn agree(from: Float, to: Float, terms: &[Term], merged: u64) {
         let kernels = KERNELS.iter().filter(|kernel| (kernel.available)());
         let merge = |kernel| Merge {
@@ -365,11 +415,8 @@ mod tests {
         let expected = by_trying(&merge(Kernel::best()), merged);
         for kernel in kernels {
             let merge = merge(kernel);
-            let mut found = Vec::new();
-            let bytes = &merged.to_le_bytes()[..to.size()];
-            merge.candidates(bytes, &mut Scratch::default(), &mut found);
-            assert_eq!(found.len(), 1);
-            let all: Vec<u64> = (found[0].first..found[0].first + found[0].count).collect();
+            let found = ask(&merge, &merged.to_le_bytes()[..to.size()]);
+            let all: Vec<u64> = (found.first..found.first + found.count).collect();
             assert_eq!(all, expected, "{from:?} {to:?} {merged:#x} {terms:?}");
         }
     }
@@ -418,10 +465,7 @@ mod tests {
             terms: &[term(1.0, 1.0)],
             kernel: Kernel::best(),
         };
-        let mut found = Vec::new();
-        let merged = 2.000001f32.to_le_bytes();
-        merge.candidates(&merged, &mut Scratch::default(), &mut found);
-        assert_eq!(found[0].count, 0);
+        assert_eq!(ask(&merge, &2.000001f32.to_le_bytes()).count, 0);
     }
 
     #[test]
@@ -433,14 +477,11 @@ mod tests {
                 terms: &[term(1.0, 1.0)],
                 kernel: Kernel::best(),
             };
-            let mut found = Vec::new();
-            let merged = &bits.to_le_bytes()[..2];
-            merge.candidates(merged, &mut Scratch::default(), &mut found);
             let only = Candidates {
                 first: place(Float::BF16, bits),
                 count: 1,
             };
-            assert_eq!(found, [only]);
+            assert_eq!(ask(&merge, &bits.to_le_bytes()[..2]), only);
         }
     }
 

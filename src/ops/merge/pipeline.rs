@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::Control;
 use super::plan::PlannedTensor;
-use crate::adapter::bound::{Bound, measure};
+use crate::adapter::bound::{self, Bound, measure};
 use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
 use crate::adapter::preimage::{Merge, is_told_apart};
 use crate::checkpoint::sink::OutputFile;
@@ -354,8 +354,17 @@ impl Watch {
     }
 }
 
+/// What a thread keeps between blocks.
+#[derive(Default)]
+struct Memory {
+    bytes: Vec<u8>,
+    scratch: Scratch,
+    undo: undo::Memory,
+    bounds: bound::Memory,
+}
+
 thread_local! {
-    static SCRATCH: RefCell<(Vec<u8>, Scratch, undo::Memory)> = RefCell::default();
+    static SCRATCH: RefCell<Memory> = RefCell::default();
 }
 
 /// How the blocks of one tensor are evaluated.
@@ -387,7 +396,13 @@ impl Block<'_> {
         } = *self;
         let columns = recipe.columns;
         let (from, to) = (source.float, recipe.to);
-        SCRATCH.with_borrow_mut(|(bytes, scratch, memory)| {
+        SCRATCH.with_borrow_mut(|memory| {
+            let Memory {
+                bytes,
+                scratch,
+                undo,
+                bounds,
+            } = memory;
             let runs = source.runs(rows.clone());
             let terms = match writes_undo && is_told_apart(from, to) && runs.len() == 1 {
                 true => recipe.terms(rows.clone(), kernel)?,
@@ -414,7 +429,8 @@ impl Block<'_> {
                 let own = rows.clone();
                 sums.add(&recipe.evaluate(own, elements, terms, result, scratch, kernel)?);
                 if measures {
-                    bound.add(&measure(recipe, rows, elements, result, scratch, kernel)?);
+                    let memory = (&mut *scratch, &mut *bounds);
+                    bound.add(&measure(recipe, rows, elements, result, memory, kernel)?);
                 }
             }
             let payload = match (writes_undo, &terms) {
@@ -427,7 +443,7 @@ impl Block<'_> {
                         terms,
                         kernel,
                     };
-                    undo::encode(&merge, base, result, memory)
+                    undo::encode(&merge, base, result, undo)
                 }
             };
             Ok(Done {

@@ -27,7 +27,7 @@ const MOST: u64 = 1 << 24;
 #[derive(Default)]
 pub(crate) struct Memory {
     scratch: Scratch,
-    found: Vec<Candidates>,
+    open: Vec<(usize, bool)>,
 }
 
 /// A block that is kept as it is.
@@ -75,14 +75,17 @@ pub(crate) fn encode(
     merged: &[u8],
     memory: &mut Memory,
 ) -> Vec<u8> {
-    let Memory { scratch, found } = memory;
-    merge.candidates(merged, scratch, found);
+    let Memory { scratch, open } = memory;
+    merge.settle(merged, scratch);
     let (float, zero) = (merge.from, zero(merge.from));
+    open.clear();
+    open.extend(scratch.open(float, Some(base)));
     let size = float.size();
     let mut encoder = DefaultRangeEncoder::new();
     let mut zeros = Zeros::new();
     let mut runs: Vec<(usize, usize)> = Vec::new();
-    for (index, candidates) in found.iter().enumerate() {
+    for (index, _) in open.iter().copied() {
+        let candidates = merge.candidates(merged, scratch, index);
         let own = place(float, bits_at(float, base, index));
         if !candidates.hold(own) || candidates.count > MOST {
             match runs.last_mut() {
@@ -93,7 +96,7 @@ pub(crate) fn encode(
         }
         let mut which = own - candidates.first;
         let mut count = candidates.count;
-        if asks_for_zero(candidates, zero) {
+        if asks_for_zero(&candidates, zero) {
             let symbol = usize::from(own == zero);
             encoder
                 .encode_symbol(symbol, zeros.model())
@@ -144,8 +147,11 @@ pub(super) fn decode(
         return (bytes.len() == base.len()).then(|| base.copy_from_slice(bytes));
     }
     let merge = merge?;
-    let Memory { scratch, found } = memory;
-    merge.candidates(merged, scratch, found);
+    let Memory { scratch, open } = memory;
+    merge.settle(merged, scratch);
+    base.copy_from_slice(scratch.guess());
+    open.clear();
+    open.extend(scratch.open(from, None));
     let zero = zero(from);
     let mut rest = match payload.split_first() {
         None => &[][..],
@@ -156,7 +162,7 @@ pub(super) fn decode(
         true => 0,
         false => read_varint(&mut rest)?,
     };
-    let mut given = vec![false; found.len()];
+    let mut given = vec![false; base.len() / from.size()];
     let mut at = 0usize;
     for _ in 0..runs {
         let gap = usize::try_from(read_varint(&mut rest)?).ok()?;
@@ -174,12 +180,13 @@ pub(super) fn decode(
     let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
     let mut decoder = DefaultRangeDecoder::from_compressed(words).unwrap_infallible();
     let mut zeros = Zeros::new();
-    for (index, candidates) in found.iter().enumerate().filter(|(index, _)| !given[*index]) {
+    for (index, _) in open.iter().copied().filter(|(index, _)| !given[*index]) {
+        let candidates = merge.candidates(merged, scratch, index);
         if candidates.count == 0 || candidates.count > MOST {
             return None;
         }
         let (mut which, mut count, mut skip) = (0, candidates.count, None);
-        if asks_for_zero(candidates, zero) {
+        if asks_for_zero(&candidates, zero) {
             let is_zero = decoder.decode_symbol(zeros.model()).ok()? == 1;
             zeros.count(is_zero);
             if is_zero {
