@@ -78,6 +78,8 @@ pub enum NoticeKind {
     BaseCopy,
     /// A result that some readers of its format load nothing, or not all of.
     LoadedByFew,
+    /// What is known to be wrong with the numbers of another tool, which were asked for.
+    KnownWrong,
     /// The method can be described but not merged.
     NotMergeable,
     /// What an adapter changed without an inverse stays in the result.
@@ -103,6 +105,7 @@ impl NoticeKind {
                 | NoticeKind::BaseCopy
                 | NoticeKind::NotTakenOut
                 | NoticeKind::NotThisMerge
+                | NoticeKind::KnownWrong
         )
     }
 }

@@ -1,6 +1,7 @@
 //! What additive modules change, without a weight: their sum, evaluated as a merge evaluates it on zeros.
 
 use std::ops::Range;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ndarray::{Array2, Axis, concatenate};
 
@@ -59,8 +60,10 @@ impl Module {
 /// Σ factor · (what a module adds), rows × columns of the stored matrix.
 pub struct Delta<'a> {
     parts: Vec<(&'a Module, f64)>,
-    updates: Vec<Box<dyn Update>>,
     on: Geometry,
+    /// Made when the first block is asked for: factors do not need them.
+    updates: OnceLock<Vec<Box<dyn Update>>>,
+    making: Mutex<()>,
 }
 
 impl<'a> Delta<'a> {
@@ -68,22 +71,36 @@ impl<'a> Delta<'a> {
     ///
     /// # Errors
     /// [`Reason::MethodOnTarget`] for a method whose change depends on the weight, [`Reason::FactorShape`] for a module
-    /// that is made for another shape; what reading the parameters gives.
+    /// that is made for another shape.
     pub fn of(parts: &[(&'a Module, f64)], on: Geometry) -> Result<Self> {
-        let mut updates = Vec::new();
-        for (module, factor) in parts {
+        for (module, _) in parts {
             if module.method.order() != Order::Additive {
                 let (method, what) = (module.method.name(), "a layer without its weight");
                 return Err(module.error(Reason::MethodOnTarget { method, what }));
             }
             module.check_on(&on)?;
-            updates.push(module.method.update(module, &on, *factor)?);
         }
         Ok(Delta {
             parts: parts.to_vec(),
-            updates,
             on,
+            updates: OnceLock::new(),
+            making: Mutex::new(()),
         })
+    }
+
+    fn updates(&self) -> Result<&[Box<dyn Update>]> {
+        if let Some(made) = self.updates.get() {
+            return Ok(made);
+        }
+        // One thread makes them, the others wait.
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = self.updates.get() {
+            return Ok(made);
+        }
+        let parts = self.parts.iter();
+        let made = parts.map(|(module, factor)| module.method.update(module, &self.on, *factor));
+        let made = made.collect::<Result<_>>()?;
+        Ok(self.updates.get_or_init(|| made))
     }
 }
 
@@ -100,7 +117,7 @@ impl Blocks for Delta<'_> {
         let zeros = vec![0.0; values.len()];
         values.fill(0.0);
         let (mut workspace, kernel) = (Workspace::default(), Kernel::best());
-        for update in &self.updates {
+        for update in self.updates()? {
             update.apply(rows.clone(), &zeros, values, &mut workspace, kernel)?;
         }
         Ok(())

@@ -150,6 +150,17 @@ pub trait Method: Sync + Debug {
         Ok(None)
     }
 
+    /// The module with its part of low rank replaced by the product of two matrices, as [`Method::factors`] gives them;
+    /// the multiplier is then 1. A power of methods that have factors.
+    fn of_factors(
+        &self,
+        _module: &Module,
+        _left: Array2<f64>,
+        _right: Array2<f64>,
+    ) -> Option<Module> {
+        None
+    }
+
     /// The module with zeros behind its factors, so that it has a rank; no bit of a value and no change of a weight
     /// is another. Nothing where a factor is wider. A power of methods that have factors.
     fn filled(&self, _module: &Module, _rank: usize) -> Option<Module> {

@@ -138,6 +138,16 @@ impl Writing {
         })
     }
 
+    /// Whether nothing is to be written.
+    pub(super) fn is_dry(&self) -> bool {
+        self.dry_run
+    }
+
+    /// Whether only warnings and errors are to be printed, or one document.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet || self.common.json
+    }
+
     /// Runs a plan, or prints it.
     pub(super) fn run(&self, plan: Plan) -> Outcome {
         let stderr = Stderr::new();

@@ -15,6 +15,7 @@ use loratool::{Error, Reason};
 
 mod adapters;
 mod check;
+mod combine;
 mod convert;
 mod extract;
 mod inspect;
@@ -43,6 +44,7 @@ enum Command {
     Merge(merge::Merge),
     Unmerge(unmerge::Unmerge),
     Switch(Box<switch::Switch>),
+    Combine(Box<combine::Combine>),
     Convert(convert::Convert),
     Rescale(rescale::Rescale),
     Resize(Box<resize::Resize>),
@@ -177,6 +179,7 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
         Command::Merge(command) => (command.common.json, command.run(own)),
         Command::Unmerge(command) => (command.common.json, command.run(own)),
         Command::Switch(command) => (command.common.json, command.run(own)),
+        Command::Combine(command) => (command.writing.common.json, command.run(own)),
         Command::Convert(command) => (command.writing.common.json, command.run()),
         Command::Rescale(command) => (command.writing.common.json, command.run()),
         Command::Resize(command) => (command.writing.common.json, command.run()),

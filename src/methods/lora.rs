@@ -159,6 +159,10 @@ impl Method for Lora {
         factors_of(module, on.orientation).map(Some)
     }
 
+    fn of_factors(&self, module: &Module, left: Array2<f64>, right: Array2<f64>) -> Option<Module> {
+        Some(of_factors(module, left, right))
+    }
+
     fn filled(&self, module: &Module, rank: usize) -> Option<Module> {
         with_rank(module, rank)
     }
@@ -237,18 +241,23 @@ pub(super) fn balanced(
     if scale < 0.0 {
         up.mapv_inplace(|element| -element);
     }
-    let rank = truncation.values.len();
-    let (outputs, inputs) = (up.ncols(), down.ncols());
+    shaped(shape, down.view(), up.t())
+}
+
+/// A (rank × inputs) and B (outputs × rank) in their shapes for a weight of a shape.
+fn shaped(
+    shape: &[usize],
+    down: ArrayView2<'_, f64>,
+    up: ArrayView2<'_, f64>,
+) -> [(Role, Vec<usize>, Vec<f64>); 2] {
+    let (outputs, rank, inputs) = (up.nrows(), up.ncols(), down.ncols());
     let (mut down_shape, mut up_shape) = (vec![rank, inputs], vec![outputs, rank]);
     if shape.len() > 2 {
         down_shape.splice(1.., shape[1..].iter().copied());
         up_shape.resize(shape.len(), 1);
     }
     let values = |factor: ArrayView2<'_, f64>| factor.iter().copied().collect();
-    [
-        (DOWN, down_shape, values(down.view())),
-        (UP, up_shape, values(up.t())),
-    ]
+    [(DOWN, down_shape, values(down)), (UP, up_shape, values(up))]
 }
 
 /// The shape of the weight that factors are made for.
@@ -312,8 +321,29 @@ pub(super) fn of_triplets(module: &Module, found: &mut Truncation) -> Module {
     };
     let shape = shape_of_factors(module).unwrap_or_default();
     let rank = found.values.len();
+    let factors = balanced(orientation, &shape, found, module.scale.value);
+    with_factors(module, factors, module.scale.at_rank(rank))
+}
+
+/// The module with its factors, and the core between them, replaced by a product.
+fn of_factors(module: &Module, left: Array2<f64>, right: Array2<f64>) -> Module {
+    let (down, up) = match module.layer {
+        Layer::Dense => (right, left),
+        Layer::Embedding => (left.reversed_axes(), right.reversed_axes()),
+    };
+    let shape = shape_of_factors(module).unwrap_or_default();
+    let rank = down.nrows();
+    let factors = shaped(&shape, down.view(), up.view());
+    with_factors(module, factors, Scale::of(rank as f64, rank, false))
+}
+
+fn with_factors(
+    module: &Module,
+    factors: [(Role, Vec<usize>, Vec<f64>); 2],
+    scale: Scale,
+) -> Module {
     let mut parameters = Vec::new();
-    for (role, shape, values) in balanced(orientation, &shape, found, module.scale.value) {
+    for (role, shape, values) in factors {
         let bytes = values
             .iter()
             .flat_map(|value| value.to_le_bytes())
@@ -329,7 +359,7 @@ pub(super) fn of_triplets(module: &Module, found: &mut Truncation) -> Module {
     );
     Module {
         parameters,
-        scale: module.scale.at_rank(rank),
+        scale,
         stored: Stored::AsDefined,
         ..module.clone()
     }

@@ -3,6 +3,7 @@
 
 mod budget;
 pub mod check;
+pub mod combine;
 pub mod convert;
 pub mod extract;
 pub mod inspect;

@@ -8,11 +8,16 @@ mod bases_torch;
 #[cfg(feature = "cli")]
 mod cli;
 #[cfg(feature = "cli")]
+mod cli_combine;
+#[cfg(feature = "cli")]
 mod cli_extract;
 #[cfg(feature = "cli")]
 mod cli_resize;
 #[cfg(feature = "cli")]
 mod cli_undo;
+mod combine;
+mod combine_changes;
+mod combine_peers;
 mod conversion_laws;
 mod conversions;
 mod convert;

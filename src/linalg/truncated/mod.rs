@@ -250,17 +250,9 @@ pub fn of_factors(
             proof: Proof::Complete,
         });
     }
-    // A factor that is wider than tall is its own triangle.
-    let triangle = |factor: Array2<f64>| -> Result<(Option<Array2<f64>>, Array2<f64>)> {
-        (settings.check)()?;
-        if factor.nrows() <= factor.ncols() {
-            return Ok((None, factor));
-        }
-        let (q, r) = algebra.thin_qr(factor.view())?;
-        Ok((Some(q), r))
-    };
     let all = left.iter().chain(&right);
     finite(all.map(|value| value.abs()).fold(0.0, |a, b| a + b))?;
+    let triangle = |factor| triangle(factor, settings);
     let (q, r) = triangle(left)?;
     let (p, t) = triangle(right.reversed_axes())?;
     let mut core = Array2::zeros((r.nrows(), t.nrows()));
@@ -293,6 +285,37 @@ pub fn of_factors(
         reached,
         proof: Proof::Complete,
     })
+}
+
+/// A factor with orthonormal columns, where that is not 1, and a triangle; one that is wider than tall is its own.
+fn triangle(
+    factor: Array2<f64>,
+    settings: &Settings<'_>,
+) -> Result<(Option<Array2<f64>>, Array2<f64>)> {
+    (settings.check)()?;
+    if factor.nrows() <= factor.ncols() {
+        return Ok((None, factor));
+    }
+    let algebra: &dyn Dense<f64> = settings.algebra;
+    let (q, r) = algebra.thin_qr(factor.view())?;
+    Ok((Some(q), r))
+}
+
+/// The squared Frobenius norm of a product, without forming it: that of the product of the triangles.
+///
+/// # Errors
+/// What the algebra gives.
+pub fn product_square(
+    left: Array2<f64>,
+    right: Array2<f64>,
+    settings: &Settings<'_>,
+) -> Result<f64> {
+    let algebra: &dyn Dense<f64> = settings.algebra;
+    let (_, r) = triangle(left, settings)?;
+    let (_, t) = triangle(right.reversed_axes(), settings)?;
+    let mut core = Array2::zeros((r.nrows(), t.nrows()));
+    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place);
+    Ok(core.iter().map(|value| value * value).sum())
 }
 
 /// How many of the first values have directions: those of zeros say nothing.

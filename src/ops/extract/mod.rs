@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::merge::Control;
-use super::outgoing::{Base, Outgoing, Wish, format, shape, write};
+use super::outgoing::{Base, Outgoing, expected_shape, format};
 use super::workers::{algebra, workers};
-use crate::adapter::{Adapter, Method};
+use crate::adapter::Method;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
@@ -327,14 +327,10 @@ impl Plan {
 
     /// Where the output goes, as far as the format tells it without an adapter.
     fn destination(&self, control: &Control<'_>) -> Result<Destination> {
-        let (options, nothing) = (&self.options, Adapter::default());
-        let shape = match write(&nothing, &[], self.target, None, Wish::default()) {
-            Ok((written, _)) => shape(written.name, written.folder, &options.output),
-            Err(_) => shape("", false, &options.output),
-        };
+        let options = &self.options;
         Destination::check(
             &options.output,
-            shape,
+            expected_shape(self.target, &options.output),
             options.force,
             self.places(),
             control.faults.clone(),
@@ -358,21 +354,8 @@ impl Plan {
     pub fn run(&self, control: &Control<'_>) -> Result<Report> {
         let start = Instant::now();
         let (outgoing, mut report) = self.searched(control)?;
-        let destination = outgoing.destination(
-            &self.options.output,
-            self.options.force,
-            self.places(),
-            control,
-        )?;
-        destination.check_space(report.bytes)?;
-        // The whole way was told already.
-        let quiet = Control {
-            progress: None,
-            ..control.clone()
-        };
-        outgoing.publish(destination.begin()?, &quiet, || {
-            self.inputs().try_for_each(|input| input.verify_unchanged())
-        })?;
+        let output = (self.options.output.as_path(), self.options.force);
+        outgoing.publish_to(output, self.places(), self.inputs(), control)?;
         report.seconds = start.elapsed().as_secs_f64();
         Ok(report)
     }

@@ -105,7 +105,7 @@ pub enum Proved {
 
 impl Proved {
     /// What is told of a proof.
-    pub(super) fn of(proof: Proof) -> (Self, Option<f64>) {
+    pub(in crate::ops) fn of(proof: Proof) -> (Self, Option<f64>) {
         match proof {
             Proof::Within(excess) => (Proved::Within, Some(excess)),
             Proof::Complete => (Proved::Complete, Some(0.0)),

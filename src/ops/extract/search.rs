@@ -13,6 +13,7 @@ use crate::adapter::{Adapter, Module};
 use crate::error::{Error, Reason, Result};
 use crate::formats::Loss;
 use crate::json::Value;
+use crate::linalg::random::seed_of;
 use crate::linalg::truncated::{Rank, Settings};
 use crate::notice::{Notice, NoticeKind};
 use crate::ops::merge::{Control, attention, layout};
@@ -169,16 +170,13 @@ impl<'a> Search<'a> {
 
     fn settings(&self, pair: &Pair, rank: Rank, tolerance: Option<f64>) -> Settings<'_> {
         let options = &self.plan.options;
-        let name = pair.base.name.bytes();
         Settings {
             algebra: self.plan.algebra,
             rank,
             tolerance,
             exact: options.exact,
-            // The same for a layer, whatever else is extracted (FNV-1a).
-            seed: name.fold(options.seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| {
-                (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-            }),
+            // The same for a layer, whatever else is extracted.
+            seed: seed_of(options.seed, &pair.base.name),
             memory: super::MEMORY,
             check: &*self.check,
         }

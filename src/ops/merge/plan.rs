@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::planner::{self, Placed};
-use super::{Options, layout, record};
+use super::{Options, Selection, layout, record};
 use crate::adapter::scan::{self, Scan};
 use crate::adapter::{Adapter, Geometry, Module};
 use crate::checkpoint::companions::{Companions, companions, has_tokenizer};
@@ -15,7 +15,7 @@ use crate::checkpoint::sink::{Destination, Faults, Shape};
 use crate::checkpoint::{Checkpoint, Part, Variant};
 use crate::containers::Entry;
 use crate::error::{Error, Reason, Result};
-use crate::formats::{Format, Found};
+use crate::formats::{Format, Found, ReadOptions};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
@@ -43,10 +43,10 @@ pub struct Plan {
 
 /// An adapter that was opened and read.
 pub(crate) struct Opened {
-    pub(super) found: Found,
-    pub(super) format: &'static dyn Format,
+    pub(crate) found: Found,
+    pub(crate) format: &'static dyn Format,
     pub(crate) adapter: Adapter,
-    pub(super) strength: f64,
+    pub(crate) strength: f64,
     pub(super) strength_for: Vec<(Pattern, f64)>,
     /// The strength of each module by its number, where it is not that of the caller.
     pub(crate) of_modules: Option<Vec<f64>>,
@@ -175,7 +175,11 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
 /// # Errors
 /// As [`super::plan`].
 pub(crate) fn plan_onto(options: &Options, base: Restored) -> Result<Plan> {
-    planned(options, base, open_adapters(options)?)
+    planned(
+        options,
+        base,
+        open_adapters(&options.adapters, &options.read)?,
+    )
 }
 
 /// Plans with the inverses of adapters.
@@ -248,7 +252,7 @@ fn planned(options: &Options, base: Restored, adapters: Vec<Opened>) -> Result<P
 /// Plans as far as an output is not needed, and returns what is odd.
 pub(super) fn fits(options: &Options) -> Result<Vec<Notice>> {
     let base = open_base(options)?;
-    let adapters = open_adapters(options)?;
+    let adapters = open_adapters(&options.adapters, &options.read)?;
     Ok(resolve(options, &base, &adapters)?.notices)
 }
 
@@ -258,7 +262,9 @@ fn resolve(options: &Options, base: &Checkpoint, adapters: &[Opened]) -> Result<
     }
     let mut placed = planner::place(options, base, adapters)?;
     convert(options, &mut placed.tensors, &mut placed.edits)?;
-    placed.notices.extend(look(options, adapters)?);
+    placed
+        .notices
+        .extend(look(adapters, options.allow_nonfinite)?);
     placed.notices.extend(base.notices.iter().cloned());
     placed.notices.extend(average(base, &placed.tensors));
     Ok(placed)
@@ -405,12 +411,12 @@ pub(crate) fn holds_an_adapter(checkpoint: &Checkpoint) -> bool {
 ///
 /// # Errors
 /// What is no adapter, and what reading gives.
-pub(crate) fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
-    if options.adapters.is_empty() {
+pub(crate) fn open_adapters(adapters: &[Selection], read: &ReadOptions) -> Result<Vec<Opened>> {
+    if adapters.is_empty() {
         return Err(Error::new(Reason::NoAdapter));
     }
     let mut opened = Vec::new();
-    for selection in &options.adapters {
+    for selection in adapters {
         if !selection.strength.is_finite() {
             return Err(Error::new(Reason::StrengthNotFinite {
                 strength: selection.strength,
@@ -426,7 +432,7 @@ pub(crate) fn open_adapters(options: &Options) -> Result<Vec<Opened>> {
             found => found?,
         };
         found.file.refuse_blocks()?;
-        let adapter = found.read(&options.read)?;
+        let adapter = found.read(read)?;
         found.file.verify()?;
         let format = found.format().expect("it was read by a format");
         let mut strength_for = Vec::new();
@@ -476,6 +482,11 @@ impl Opened {
             Some(strengths) => Ok(strengths.get(number).copied().unwrap_or(1.0)),
             None => self.strength_of(path),
         }
+    }
+
+    /// Whether all modules have one strength.
+    pub(crate) fn is_uniform(&self) -> bool {
+        self.strength_for.is_empty()
     }
 
     /// The strength of what has a path.
@@ -528,13 +539,16 @@ fn convert(options: &Options, tensors: &mut [PlannedTensor], edits: &mut Vec<Edi
 }
 
 /// Looks at the values of the adapters: what is not finite stops, what is all zero is odd.
-fn look(options: &Options, adapters: &[Opened]) -> Result<Vec<Notice>> {
+///
+/// # Errors
+/// [`Reason::FactorNotFinite`], unless that is allowed.
+pub(crate) fn look(adapters: &[Opened], allow_nonfinite: bool) -> Result<Vec<Notice>> {
     let mut notices = Vec::new();
     for opened in adapters {
         let tensors: Vec<&Tensor> = opened.adapter.tensors().collect();
         let scans = Scan::all(&tensors)?;
         for (tensor, scan) in tensors.iter().zip(&scans) {
-            if scan.not_finite > 0 && !options.allow_nonfinite {
+            if scan.not_finite > 0 && !allow_nonfinite {
                 return Err(tensor
                     .error(Reason::FactorNotFinite {
                         count: scan.not_finite,

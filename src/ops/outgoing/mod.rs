@@ -1,6 +1,7 @@
 //! An adapter on its way out: named as the target wants it, checked, written complete or not at all.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::merge::{Control, architecture};
 use crate::adapter::Adapter;
@@ -8,9 +9,10 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::{Destination, Shape, Sink};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
-use crate::formats::{CONFIG, Draft, FORMATS, Format, Loss, Order, Written};
-use crate::naming::Resolver;
+use crate::formats::{CONFIG, Draft, FORMATS, Format, Loss, Named, Order, Writer, Written};
+use crate::mapped::Input;
 use crate::naming::families::Layout;
+use crate::naming::{Attention, Resolver};
 use crate::tensor::Float;
 
 mod file;
@@ -120,10 +122,61 @@ pub(super) fn write(
     base: Option<&Base>,
     wish: Wish<'_>,
 ) -> Result<(Written, Option<&'static str>)> {
-    let writer = target.writer().ok_or_else(|| {
+    let known = known(adapter, target, base, wish)?;
+    let family = known.family;
+    Ok((draft(adapter, known, metadata, target, wish)?, family))
+}
+
+/// What is known of the names of an adapter in the layout of a target.
+pub(super) struct Known {
+    /// The modules under these names.
+    pub(super) modules: Vec<Named>,
+    /// Scales that were multiplied into the factors of fused layers.
+    pub(super) folded: Vec<Loss>,
+    /// The family of the denoiser, where there is one.
+    pub(super) family: Option<&'static str>,
+    /// What diffusers calls the denoiser.
+    pub(super) denoiser: Option<&'static str>,
+    /// The heads of the model.
+    pub(super) attention: Attention,
+}
+
+/// The writer of a format.
+fn writer(target: &'static dyn Format) -> Result<&'static dyn Writer> {
+    target.writer().ok_or_else(|| {
         let name = target.name();
         Error::new(Reason::NotWritten { name })
-    })?;
+    })
+}
+
+/// The family of the denoiser, where there is one: the one that is named, or what names tell.
+///
+/// # Errors
+/// [`Reason::BadOption`] for a name that is none.
+pub(super) fn family(
+    adapter: &Adapter,
+    base: Option<&Base>,
+    named: Option<&str>,
+) -> Result<Option<&'static str>> {
+    names::family(adapter, base, named)
+}
+
+/// Whether the names of modules are those of some denoiser.
+pub(super) fn is_denoiser(adapter: &Adapter) -> bool {
+    names::denoiser(adapter, None).is_some()
+}
+
+/// Renames the modules of an adapter as a format wants them.
+///
+/// # Errors
+/// [`Reason::NotWritten`], and names that are not unambiguous, all listed.
+pub(super) fn known(
+    adapter: &Adapter,
+    target: &'static dyn Format,
+    base: Option<&Base>,
+    wish: Wish<'_>,
+) -> Result<Known> {
+    let writer = writer(target)?;
     let family = names::family(adapter, base, wish.family)?;
     let layout = match wish.names {
         Some(Names::Hub) => None,
@@ -136,20 +189,40 @@ pub(super) fn write(
         true => names::own(adapter, part),
         false => names::renamed(adapter, layout, family, part, base)?,
     };
-    let draft = Draft {
+    Ok(Known {
         modules: renamed.modules,
-        adapter,
-        dtype: wish.dtype,
+        folded: renamed.folded,
         family,
         denoiser,
+        attention: names::heads(adapter, base),
+    })
+}
+
+/// Lets a format write modules whose names are known, and the rest of the adapter.
+///
+/// # Errors
+/// [`Reason::NotWritten`].
+pub(super) fn draft(
+    adapter: &Adapter,
+    known: Known,
+    metadata: &[(String, String)],
+    target: &'static dyn Format,
+    wish: Wish<'_>,
+) -> Result<Written> {
+    let draft = Draft {
+        modules: known.modules,
+        adapter,
+        dtype: wish.dtype,
+        family: known.family,
+        denoiser: known.denoiser,
         metadata,
         order: wish.order,
         prefix: wish.prefix,
-        attention: names::heads(adapter, base),
+        attention: known.attention,
     };
-    let mut written = writer.write(&draft)?;
-    written.folded.splice(0..0, renamed.folded);
-    Ok((written, family))
+    let mut written = writer(target)?.write(&draft)?;
+    written.folded.splice(0..0, known.folded);
+    Ok(written)
 }
 
 /// Files that are ready to be written.
@@ -242,6 +315,31 @@ impl Outgoing {
         Destination::check(output, self.shape, force, inputs, control.faults.clone())
     }
 
+    /// Checks where it goes and that there is room, and writes all files without telling how far that is; `inputs` must
+    /// be as they were before the output appears.
+    ///
+    /// # Errors
+    /// Those of [`Outgoing::destination`] and [`Outgoing::publish`].
+    pub(super) fn publish_to<'a>(
+        self,
+        (output, force): (&Path, bool),
+        places: Vec<&Path>,
+        inputs: impl IntoIterator<Item = &'a Arc<Input>>,
+        control: &Control<'_>,
+    ) -> Result<()> {
+        let destination = self.destination(output, force, places, control)?;
+        destination.check_space(self.bytes()?)?;
+        // The whole way was told already.
+        let quiet = Control {
+            progress: None,
+            ..control.clone()
+        };
+        let mut inputs = inputs.into_iter();
+        self.publish(destination.begin()?, &quiet, || {
+            inputs.try_for_each(|input| input.verify_unchanged())
+        })
+    }
+
     /// Writes all files; `verify` is asked before the output appears.
     ///
     /// # Errors
@@ -278,11 +376,19 @@ impl Outgoing {
 }
 
 /// Whether an output is a file or a folder: a file where the format is one and the name ends as it does.
-pub(super) fn shape(name: &str, folder: bool, output: &Path) -> Shape {
+fn shape(name: &str, folder: bool, output: &Path) -> Shape {
     let extension = Path::new(name).extension();
     match !folder && output.extension().is_some_and(|e| Some(e) == extension) {
         true => Shape::File,
         false => Shape::Folder,
+    }
+}
+
+/// The same as far as a format tells it without an adapter.
+pub(super) fn expected_shape(target: &'static dyn Format, output: &Path) -> Shape {
+    match write(&Adapter::default(), &[], target, None, Wish::default()) {
+        Ok((written, _)) => shape(written.name, written.folder, output),
+        Err(_) => shape("", false, output),
     }
 }
 

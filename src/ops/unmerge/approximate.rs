@@ -30,7 +30,7 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
         kernel: options.kernel.clone(),
         ..merge::Options::default()
     };
-    let mut opened = merge::open_adapters(&wanted)?;
+    let mut opened = merge::open_adapters(&wanted.adapters, &wanted.read)?;
     let mut kept = Vec::new();
     for opened in &mut opened {
         invert(opened, &mut kept)?;
