@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::evaluate::{Elements, Recipe, Scratch};
-use super::preimage::{bits_of_place, mark_same, place, rounded, shifted, value_of};
+use super::preimage::{bits_of_place, place, rounded, shifted, value_of};
 use crate::error::Result;
 use crate::linalg::Kernel;
 use crate::tensor::Float;
@@ -41,8 +41,7 @@ pub struct Memory {
     neighbours: Vec<u8>,
     ends: [Vec<f64>; 2],
     own: Vec<f64>,
-    rounded: [Vec<u8>; 2],
-    marks: Vec<u8>,
+    beside: [Vec<f64>; 2],
 }
 
 impl Memory {
@@ -93,20 +92,18 @@ pub fn measure(
     let to = inverse.to;
     memory.set_ends(merged, count, kernel);
     let Memory {
+        neighbours,
         ends,
         own,
-        rounded,
-        marks,
-        ..
+        beside,
     } = memory;
-    for (ends, rounded) in ends.iter_mut().zip(rounded.iter_mut()) {
+    neighbours.resize(restored.len(), 0);
+    for ((ends, beside), step) in ends.iter_mut().zip(&mut *beside).zip([1, -1]) {
         inverse.apply(rows.clone(), ends, scratch, kernel)?;
-        rounded.resize(restored.len(), 0);
-        kernel.narrow(to, ends, rounded);
+        shifted(to, restored, step, neighbours);
+        beside.resize(count, 0.0);
+        kernel.widen(to, neighbours, beside);
     }
-    marks.clear();
-    marks.resize(count, 0);
-    mark_same(to, &rounded[0], &rounded[1], 1, marks);
     kernel.widen(to, restored, own);
     let mut bound = Bound {
         elements: count as u64,
@@ -125,7 +122,9 @@ pub fn measure(
         } else {
             most
         };
-        let is_one = marks[index] == 1 && *own >= low && *own <= high;
+        let holds = |value: f64| (value >= low) & (value <= high);
+        let [above, below] = [beside[0][index], beside[1][index]];
+        let is_one = holds(*own) & !holds(above) & !holds(below) & (*own != 0.0);
         if !is_one && low.is_finite() && high.is_finite() && own.is_finite() {
             match within(to, low, high) {
                 0 => bound.impossible += 1,

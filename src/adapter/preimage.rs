@@ -307,7 +307,7 @@ pub(super) fn shifted(float: Float, bytes: &[u8], step: i64, result: &mut [u8]) 
 }
 
 /// Marks the elements that two blocks share.
-pub(super) fn mark_same(float: Float, a: &[u8], b: &[u8], bit: u8, marks: &mut [u8]) {
+fn mark_same(float: Float, a: &[u8], b: &[u8], bit: u8, marks: &mut [u8]) {
     by_width!(float, Word => {
         let (a, b) = (a.as_chunks::<{ size_of::<Word>() }>().0, b.as_chunks().0);
         for ((a, b), mark) in a.iter().zip(b).zip(marks) {

@@ -1,5 +1,6 @@
 //! An adapter times a number: merging it is merging the adapter with that strength.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use loratool::containers::TensorFile;
@@ -93,6 +94,79 @@ fn merging_a_scaled_golden_of_peft_is_merging_it_with_that_strength() {
         "{refused:?}"
     );
     assert!(!refused.iter().any(|name| name == "lora"), "{refused:?}");
+}
+
+#[test]
+fn in_every_format_a_scaled_adapter_merges_as_with_that_strength() {
+    let (mut written, mut to_the_bit) = (BTreeSet::new(), 0);
+    for target in convert::targets() {
+        for (source, base, family) in crate::resize::origins() {
+            let unet = fixture("lycoris/unet_attn/unet.safetensors");
+            let base = base.unwrap_or(unet);
+            let room = tempfile::tempdir().unwrap();
+            let there = convert::Options {
+                adapter: source,
+                to: target.id().to_owned(),
+                output: room.path().join("there"),
+                base: Some(base.clone()),
+                family: family.map(str::to_owned),
+                ..convert::Options::default()
+            };
+            let Ok(plan_there) = convert::plan(&there) else {
+                continue;
+            };
+            let alpha = plan_there.run(&Control::default()).unwrap().alpha;
+            for factor in [0.5, -0.7] {
+                let name = format!("{} {factor}", target.id());
+                let mut conversion = there.clone();
+                conversion.adapter = there.output.clone();
+                conversion.to = String::new();
+                conversion.output = room.path().join(format!("scaled{factor}"));
+                conversion.read.alpha = alpha;
+                let by = By::Factor(factor);
+                let options = Options { conversion, by };
+                let scaled = plan(&options).and_then(|plan| plan.run(&Control::default()));
+                let scaled = match scaled {
+                    Err(error) if matches!(error.reason(), Reason::NotScaled { .. }) => continue,
+                    scaled => scaled.unwrap_or_else(|e| panic!("{name}: {e:?}")),
+                };
+                let values = |adapter: &Path, strength: f64, alpha: Option<f64>| {
+                    let output = match base.is_dir() {
+                        true => room.path().join("out"),
+                        false => room.path().join("out.safetensors"),
+                    };
+                    let mut options = crate::support::options(&base, adapter, &output);
+                    options.adapters[0].strength = strength;
+                    options.read.alpha = alpha;
+                    options.force = true;
+                    merge(&options).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+                    match base.is_dir() {
+                        true => oracle::read(&output.join("model.safetensors")),
+                        false => oracle::read(&output),
+                    }
+                };
+                let once = values(&options.conversion.output, 1.0, scaled.alpha);
+                let wanted = values(&there.output, factor, alpha);
+                for (tensor, value) in &once {
+                    if scaled.folded.is_empty() {
+                        assert_eq!(value.bits(), wanted[tensor].bits(), "{name}: {tensor}");
+                        to_the_bit += 1;
+                    }
+                    let largest = value.values().iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+                    let close = |(a, b): (f64, f64)| (a - b).abs() <= 1e-2 * largest;
+                    let pairs = value.values().into_iter().zip(wanted[tensor].values());
+                    assert!(pairs.into_iter().all(close), "{name}: {tensor}");
+                }
+                written.insert(target.id());
+            }
+        }
+    }
+    assert!(to_the_bit > 1000, "{to_the_bit}");
+    let missing = convert::targets().filter(|target| !written.contains(target.id()));
+    let missing: Vec<&str> = missing.map(|target| target.id()).collect();
+    // Control adapters of BFL replace norms, which no number scales.
+    let no_strength = ["simo", "bfl", "textual-inversion", "webui-embedding"];
+    assert_eq!(missing, no_strength);
 }
 
 #[test]

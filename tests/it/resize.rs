@@ -535,7 +535,7 @@ fn ranks_and_products_are_those_of_sd_scripts_where_it_is_asked_for() {
 }
 
 /// One adapter of a few kinds of models, and what tells its names.
-fn origins() -> Vec<(PathBuf, Option<PathBuf>, Option<&'static str>)> {
+pub(crate) fn origins() -> Vec<(PathBuf, Option<PathBuf>, Option<&'static str>)> {
     let flux = |name: &str| fixture("formats/flux").join(name);
     let case = |name: &str| fixture("peft/cases").join(name).join("adapter");
     let llama = || Some(fixture("peft/bases/llama"));
