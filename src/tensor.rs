@@ -151,6 +151,9 @@ pub trait Parts: Send + Sync {
     /// What making them gives.
     fn read(&self, start: usize, buffer: &mut [u8]) -> Result<()>;
 
+    /// Bytes that are made together.
+    fn block(&self) -> usize;
+
     /// Compares the BLAKE3 hash of all bytes with what it must be.
     ///
     /// # Errors

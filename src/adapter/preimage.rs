@@ -67,26 +67,27 @@ impl Scratch {
         &self.guess
     }
 
-    /// The elements that have not one candidate, or whose base is not it where that is given; with whether the
-    /// candidate is the only one.
-    pub fn open(
-        &mut self,
-        float: Float,
-        base: Option<&[u8]>,
-    ) -> impl Iterator<Item = (usize, bool)> {
+    /// The elements that have not one candidate, or whose base is not it where that is given.
+    pub fn open(&mut self, float: Float, base: Option<&[u8]>) -> impl Iterator<Item = usize> {
         let mut settled = HIT;
         if let Some(base) = base {
             mark_same(float, base, &self.guess, BASE, &mut self.marks);
             settled |= BASE;
         }
         // Hardly any is open, so eight at a time are looked at.
-        let eights = self.marks.chunks(8).enumerate();
-        let eights = eights.filter(move |(_, marks)| *marks != [settled; 8]);
-        eights.flat_map(move |(eight, marks)| {
-            let marks = marks.iter().enumerate();
-            let open = marks.filter(move |(_, mark)| **mark != settled);
-            open.map(move |(at, mark)| (8 * eight + at, mark & !BASE == HIT))
-        })
+        let (eights, rest) = self.marks.as_chunks::<8>();
+        let all = u64::from_ne_bytes([settled; 8]);
+        let eights = eights.iter().enumerate();
+        let eights = eights.filter(move |(_, marks)| u64::from_ne_bytes(**marks) != all);
+        let first = self.marks.len() - rest.len();
+        let eights = eights.map(|(eight, marks)| (8 * eight, &marks[..]));
+        eights
+            .chain([(first, rest)])
+            .flat_map(move |(first, marks)| {
+                let marks = marks.iter().enumerate();
+                let open = marks.filter(move |(_, mark)| **mark != settled);
+                open.map(move |(at, _)| first + at)
+            })
     }
 }
 
@@ -194,12 +195,27 @@ impl Merge<'_> {
     /// The candidates of an element that is open, by the scratch of its block.
     pub fn candidates(&self, merged: &[u8], scratch: &Scratch, index: usize) -> Candidates {
         let guess = place(self.from, bits_at(self.from, &scratch.guess, index));
-        match scratch.marks[index] & !BASE == HIT {
-            true => Candidates {
+        let merged = bits_at(self.to, merged, index);
+        let mark = scratch.marks[index] & !BASE;
+        match mark {
+            HIT => Candidates {
                 first: guess,
                 count: 1,
             },
-            false => self.searched(index, bits_at(self.to, merged, index), guess),
+            _ if mark & (HIT | ODD) == HIT => self.around(index, merged, guess),
+            _ => self.searched(index, merged, guess),
+        }
+    }
+
+    /// Goes on from a guess that is one of few.
+    fn around(&self, index: usize, merged: u64, guess: u64) -> Candidates {
+        let (bounds, wanted) = (finite(self.from), place(self.to, merged));
+        let becomes = |place: u64| self.merged(index, bits_of_place(self.from, place));
+        let first = first_where(guess, bounds, |place| becomes(place) >= wanted);
+        let end = first_where(guess + 1, bounds, |place| becomes(place) > wanted);
+        Candidates {
+            first,
+            count: end - first,
         }
     }
 

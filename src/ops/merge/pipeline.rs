@@ -21,7 +21,7 @@ use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::ops::undo;
-use crate::tensor::{DType, Float, Tensor};
+use crate::tensor::{DType, Float, Parts, Tensor};
 
 /// Bytes of output that are computed before they are handed to the writer.
 pub(super) const CHUNK: usize = 8 << 20;
@@ -198,6 +198,27 @@ impl Pipeline<'_> {
     /// Bytes that were appended so far.
     pub(crate) fn done(&self) -> u64 {
         self.done
+    }
+
+    /// Appends a tensor as it is, whose bytes are made in parts; they are compared with their hash.
+    ///
+    /// # Errors
+    /// What making them gives; [`Reason::NotRestored`].
+    pub(crate) fn restore(&mut self, tensor: &Tensor, parts: &dyn Parts) -> Result<()> {
+        self.flush()?;
+        let mut hasher = blake3::Hasher::new();
+        let block = parts.block();
+        let chunk = (CHUNK / block.max(1)).max(1) * block.max(1);
+        for start in (0..tensor.length as usize).step_by(chunk) {
+            let mut buffer = self.buffer(chunk.min(tensor.length as usize - start));
+            let blocks = buffer.par_chunks_mut(block.max(1)).enumerate();
+            blocks.try_for_each(|(index, bytes)| parts.read(start + index * block, bytes))?;
+            hasher.update_rayon(&buffer);
+            let length = buffer.len() as u64;
+            self.send(Message::Bytes(buffer))?;
+            self.advance(length)?;
+        }
+        parts.verify(hasher.finalize().as_bytes())
     }
 
     /// Appends a tensor that follows from its source by steps.

@@ -199,6 +199,10 @@ impl Run<'_> {
                 if let Some(recorder) = &mut self.recorder {
                     recorder.copied(tensor)?;
                 }
+            } else if let (true, None, Some(parts)) =
+                (tensor.is_copy(), &self.recorder, source.parts())
+            {
+                pipeline.restore(source, &**parts)?;
             } else {
                 let steps = self.steps(tensor)?;
                 let recorder = self.recorder.as_mut();

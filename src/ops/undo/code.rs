@@ -27,7 +27,7 @@ const MOST: u64 = 1 << 24;
 #[derive(Default)]
 pub(crate) struct Memory {
     scratch: Scratch,
-    open: Vec<(usize, bool)>,
+    open: Vec<usize>,
 }
 
 /// A block that is kept as it is.
@@ -84,7 +84,7 @@ pub(crate) fn encode(
     let mut encoder = DefaultRangeEncoder::new();
     let mut zeros = Zeros::new();
     let mut runs: Vec<(usize, usize)> = Vec::new();
-    for (index, _) in open.iter().copied() {
+    for index in open.iter().copied() {
         let candidates = merge.candidates(merged, scratch, index);
         let own = place(float, bits_at(float, base, index));
         if !candidates.hold(own) || candidates.count > MOST {
@@ -180,7 +180,7 @@ pub(super) fn decode(
     let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
     let mut decoder = DefaultRangeDecoder::from_compressed(words).unwrap_infallible();
     let mut zeros = Zeros::new();
-    for (index, _) in open.iter().copied().filter(|(index, _)| !given[*index]) {
+    for index in open.iter().copied().filter(|index| !given[*index]) {
         let candidates = merge.candidates(merged, scratch, index);
         if candidates.count == 0 || candidates.count > MOST {
             return None;

@@ -418,6 +418,13 @@ impl Parts for Restored {
         Ok(())
     }
 
+    fn block(&self) -> usize {
+        let coded = self.shared.coded(self.number).ok();
+        let bytes =
+            coded.and_then(|coded| Some(coded.height * coded.columns * coded.from()?.size()));
+        bytes.unwrap_or(1)
+    }
+
     fn verify(&self, hash: &[u8; 32]) -> Result<()> {
         let entry = &self.shared.undo.directory.tensors[self.number];
         match blake3::Hash::from_bytes(*hash).to_string() == entry.hash {

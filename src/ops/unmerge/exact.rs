@@ -13,8 +13,8 @@ use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
-use crate::ops::merge::pipeline::{self, Pipeline, Settings, Watching};
-use crate::ops::merge::{Control, FileReport, PlannedTensor, kernel};
+use crate::ops::merge::pipeline::{self, Pipeline, Settings};
+use crate::ops::merge::{Control, FileReport, kernel};
 use crate::ops::undo::{FileEntry, Given, How, Piece, Restoring, hash_of};
 use crate::ops::workers::{threads, workers};
 
@@ -229,9 +229,8 @@ impl Plan {
                 Piece::Tensor(number) => {
                     let tensor = self.restoring.tensor(*number);
                     let tensor = tensor.ok_or_else(|| Error::new(Reason::NotRestored))?;
-                    if tensor.parts().is_some() {
-                        let planned = PlannedTensor::of(&tensor, tensor.name.clone(), 0);
-                        pipeline.evaluate(&planned, Vec::new(), Watching::Nothing)?;
+                    if let Some(parts) = tensor.parts() {
+                        pipeline.restore(&tensor, &**parts)?;
                     } else {
                         let range = tensor.offset..tensor.offset + tensor.length;
                         pipeline.copy(&tensor.input, range)?;
