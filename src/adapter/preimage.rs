@@ -67,31 +67,32 @@ impl Scratch {
         &self.guess
     }
 
-    /// The elements that have not one candidate, or whose base is not it where that is given.
-    pub fn open(&mut self, float: Float, base: Option<&[u8]>) -> impl Iterator<Item = usize> {
+    /// Lists the elements that have not one candidate, or whose base is not it where that is given.
+    pub fn list_open(&mut self, float: Float, base: Option<&[u8]>, open: &mut Vec<usize>) {
         let mut settled = HIT;
         if let Some(base) = base {
             mark_same(float, base, &self.guess, BASE, &mut self.marks);
             settled |= BASE;
         }
-        // Hardly any is open, so eight at a time are looked at.
-        let (eights, rest) = self.marks.as_chunks::<8>();
+        open.clear();
+        // Few are open, so eight at a time are looked at.
         let all = u64::from_ne_bytes([settled; 8]);
-        let eights = eights.iter().enumerate();
-        let eights = eights.filter(move |(_, marks)| u64::from_ne_bytes(**marks) != all);
-        let first = self.marks.len() - rest.len();
-        let eights = eights.map(|(eight, marks)| (8 * eight, &marks[..]));
-        eights
-            .chain([(first, rest)])
-            .flat_map(move |(first, marks)| {
-                let marks = marks.iter().enumerate();
-                let open = marks.filter(move |(_, mark)| **mark != settled);
-                open.map(move |(at, _)| first + at)
-            })
+        for (eight, marks) in self.marks.chunks(8).enumerate() {
+            let word = <[u8; 8]>::try_from(marks).map(u64::from_ne_bytes);
+            if word.is_ok_and(|word| word == all) {
+                continue;
+            }
+            for (at, mark) in marks.iter().enumerate() {
+                if *mark != settled {
+                    open.push(8 * eight + at);
+                }
+            }
+        }
     }
 }
 
 /// The stored bits of an element.
+#[inline]
 pub fn bits_at(float: Float, bytes: &[u8], index: usize) -> u64 {
     let size = float.size();
     let mut bits = [0; 8];
@@ -105,11 +106,13 @@ pub fn set_bits(float: Float, bytes: &mut [u8], index: usize, bits: u64) {
     bytes[index * size..(index + 1) * size].copy_from_slice(&bits.to_le_bytes()[..size]);
 }
 
+#[inline]
 fn sign_bit(float: Float) -> u64 {
     1 << (8 * float.size() - 1)
 }
 
 /// The place of stored bits in the order of a type: NaN, −∞ … −0, +0 … +∞, NaN.
+#[inline]
 pub fn place(float: Float, bits: u64) -> u64 {
     let sign = sign_bit(float);
     let all = sign | (sign - 1);
@@ -120,6 +123,7 @@ pub fn place(float: Float, bits: u64) -> u64 {
 }
 
 /// The stored bits at a place.
+#[inline]
 pub fn bits_of_place(float: Float, place: u64) -> u64 {
     let sign = sign_bit(float);
     let all = sign | (sign - 1);
@@ -135,6 +139,7 @@ pub fn zero(float: Float) -> u64 {
 }
 
 /// The value of stored bits.
+#[inline]
 pub fn value_of(float: Float, bits: u64) -> f64 {
     let mut value = [0.0];
     widen(float, &bits.to_le_bytes()[..float.size()], &mut value);
@@ -142,6 +147,7 @@ pub fn value_of(float: Float, bits: u64) -> f64 {
 }
 
 /// The stored bits of a value, rounded once.
+#[inline]
 pub fn rounded(float: Float, value: f64) -> u64 {
     let mut bytes = [0; 8];
     narrow(float, &[value], &mut bytes[..float.size()]);
@@ -202,24 +208,41 @@ impl Merge<'_> {
                 first: guess,
                 count: 1,
             },
-            _ if mark & (HIT | ODD) == HIT => self.around(index, merged, guess),
+            _ if mark & (HIT | ODD) == HIT => self.around(index, merged, guess, mark),
             _ => self.searched(index, merged, guess),
         }
     }
 
-    /// Goes on from a guess that is one of few.
-    fn around(&self, index: usize, merged: u64, guess: u64) -> Candidates {
+    /// Goes on from a guess that is a candidate, in the directions in which its neighbour is one.
+    fn around(&self, index: usize, merged: u64, guess: u64, mark: u8) -> Candidates {
         let (bounds, wanted) = (finite(self.from), place(self.to, merged));
         let becomes = |place: u64| self.merged(index, bits_of_place(self.from, place));
-        let first = first_where(guess, bounds, |place| becomes(place) >= wanted);
-        let end = first_where(guess + 1, bounds, |place| becomes(place) > wanted);
+        // Below zero more magnitude is less.
+        let (above, below) = match guess > zero(self.from) {
+            true => (UP, DOWN),
+            false => (DOWN, UP),
+        };
+        let (mut first, mut last) = (guess, guess);
+        if mark & below != 0 {
+            first -= 1;
+            if first > bounds.0 && becomes(first - 1) == wanted {
+                first = first_where(first - 1, bounds, |place| becomes(place) >= wanted);
+            }
+        }
+        if mark & above != 0 {
+            last += 1;
+            if last < bounds.1 && becomes(last + 1) == wanted {
+                last = first_where(last + 2, bounds, |place| becomes(place) > wanted) - 1;
+            }
+        }
         Candidates {
             first,
-            count: end - first,
+            count: last - first + 1,
         }
     }
 
     /// What a base of these bits becomes: the place of it in the order of the merged type.
+    #[inline]
     fn merged(&self, index: usize, bits: u64) -> u64 {
         let base = value_of(self.from, bits);
         let (mut value, mut touched) = (base, false);
@@ -414,9 +437,10 @@ mod tests {
     fn ask(merge: &Merge<'_>, merged: &[u8]) -> Candidates {
         let mut scratch = Scratch::default();
         merge.settle(merged, &mut scratch);
-        let open = scratch.open(merge.from, None).count();
+        let mut open = Vec::new();
+        scratch.list_open(merge.from, None, &mut open);
         let found = merge.candidates(merged, &scratch, 0);
-        assert!(open == 1 || found.count == 1);
+        assert!(open.len() == 1 || found.count == 1);
         found
     }
 

@@ -33,6 +33,16 @@ pub(super) struct Merge {
     variant: Option<String>,
     #[command(flatten)]
     adapters: Adapters,
+    #[command(flatten)]
+    merging: Merging,
+    /// Also write what takes the result back to the base, bit for bit (see `unmerge`)
+    #[arg(long, value_name = "FILE")]
+    undo: Option<Path>,
+}
+
+/// How adapters are merged, whatever the base.
+#[derive(Args, Debug)]
+pub(super) struct Merging {
     /// Merge only modules whose path the pattern finds (repeatable)
     #[arg(long, value_name = "REGEX")]
     only: Vec<String>,
@@ -48,9 +58,6 @@ pub(super) struct Merge {
     /// Cut the result into shards of at most this size, such as 5GB or 512MiB
     #[arg(long, value_name = "SIZE")]
     shard_size: Option<String>,
-    /// Also write what takes the result back to the base, bit for bit (see `unmerge`)
-    #[arg(long, value_name = "FILE")]
-    undo: Option<Path>,
     /// Replace an existing output, in one step at the end
     #[arg(long)]
     force: bool,
@@ -74,16 +81,15 @@ pub(super) struct Merge {
 }
 
 impl Merge {
+    /// Whether one JSON document is wanted.
+    pub(super) fn json(&self) -> bool {
+        self.merging.common.json
+    }
+
     pub(super) fn run(self, matches: &ArgMatches) -> Outcome {
         let plan = plan(&self.options(matches)?)?;
-        let (quiet, json) = (self.quiet, self.common.json);
-        finish(
-            self.dry_run,
-            quiet,
-            json,
-            || plan.report(),
-            |control| plan.run(control),
-        )
+        let run = |control: &Control<'_>| plan.run(control);
+        self.merging.finish(|| plan.report(), run)
     }
 
     fn options(&self, matches: &ArgMatches) -> Result<Options, Error> {
@@ -91,11 +97,20 @@ impl Merge {
             base: self.base.clone(),
             variant: self.variant.clone().map_or(Variant::Only, Variant::Named),
             adapters: self.adapters.selections(matches)?,
+            undo: self.undo.clone(),
+            ..self.merging.options()?
+        })
+    }
+}
+
+impl Merging {
+    /// The options, but for what is merged into what.
+    pub(super) fn options(&self) -> Result<Options, Error> {
+        Ok(Options {
             output: self.output.clone(),
             only: self.only.clone(),
             skip: self.skip.clone(),
             dtype: self.dtype.float(),
-            undo: self.undo.clone(),
             force: self.force,
             shard_size: self.shard_size.as_deref().map(size).transpose()?,
             threads: self.threads.map(usize::from),
@@ -103,33 +118,33 @@ impl Merge {
             allow_nonfinite: self.allow_nonfinite,
             read: self.common.reading()?,
             kernel: kernel(),
+            ..Options::default()
         })
     }
-}
 
-/// Runs a plan, or tells it alone.
-pub(super) fn finish(
-    dry_run: bool,
-    quiet: bool,
-    json: bool,
-    report: impl Fn() -> Report,
-    run: impl FnOnce(&Control<'_>) -> Result<Report, Error>,
-) -> Outcome {
-    let stderr = Stderr::new();
-    let report = match dry_run {
-        true => report(),
-        false => {
-            let result = with_progress(quiet || json, run);
-            result.inspect_err(|_| stderr.notices(&report().notices))?
+    /// Runs a plan, or tells it alone.
+    pub(super) fn finish(
+        &self,
+        report: impl Fn() -> Report,
+        run: impl FnOnce(&Control<'_>) -> Result<Report, Error>,
+    ) -> Outcome {
+        let (quiet, json) = (self.quiet, self.common.json);
+        let stderr = Stderr::new();
+        let report = match self.dry_run {
+            true => report(),
+            false => {
+                let result = with_progress(quiet || json, run);
+                result.inspect_err(|_| stderr.notices(&report().notices))?
+            }
+        };
+        stderr.notices(&report.notices);
+        if json {
+            render::json(&report);
+        } else if !quiet {
+            print(&report);
         }
-    };
-    stderr.notices(&report.notices);
-    if json {
-        render::json(&report);
-    } else if !quiet {
-        print(&report);
+        Ok(0)
     }
-    Ok(0)
 }
 
 fn print(report: &Report) {

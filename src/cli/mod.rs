@@ -176,9 +176,9 @@ fn run(command: Command, matches: &clap::ArgMatches) -> u8 {
     ignore_file_size_signal();
     let (_, own) = matches.subcommand().expect("a command was parsed");
     let (json, result) = match command {
-        Command::Merge(command) => (command.common.json, command.run(own)),
+        Command::Merge(command) => (command.json(), command.run(own)),
         Command::Unmerge(command) => (command.common.json, command.run(own)),
-        Command::Switch(command) => (command.common.json, command.run(own)),
+        Command::Switch(command) => (command.json(), command.run(own)),
         Command::Combine(command) => (command.writing.common.json, command.run(own)),
         Command::Convert(command) => (command.writing.common.json, command.run()),
         Command::Rescale(command) => (command.writing.common.json, command.run()),

@@ -78,8 +78,7 @@ pub(crate) fn encode(
     let Memory { scratch, open } = memory;
     merge.settle(merged, scratch);
     let (float, zero) = (merge.from, zero(merge.from));
-    open.clear();
-    open.extend(scratch.open(float, Some(base)));
+    scratch.list_open(float, Some(base), open);
     let size = float.size();
     let mut encoder = DefaultRangeEncoder::new();
     let mut zeros = Zeros::new();
@@ -150,8 +149,7 @@ pub(super) fn decode(
     let Memory { scratch, open } = memory;
     merge.settle(merged, scratch);
     base.copy_from_slice(scratch.guess());
-    open.clear();
-    open.extend(scratch.open(from, None));
+    scratch.list_open(from, None, open);
     let zero = zero(from);
     let mut rest = match payload.split_first() {
         None => &[][..],
