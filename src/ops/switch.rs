@@ -45,24 +45,15 @@ pub fn plan(options: &Options) -> Result<Plan> {
     let kernel = merge::kernel(to.kernel.as_deref())?;
     let pool = workers(to.threads)?;
     let restoring = pool.install(|| unmerge::restoring(from, kernel))?;
-    let parent = to
-        .output
-        .parent()
-        .filter(|path| !path.as_os_str().is_empty());
-    let parent = parent.unwrap_or(Path::new("."));
-    if !parent.is_dir() {
-        return Err(Error::new(Reason::NoParent).in_file(&to.output));
-    }
-    let frames = tempfile::Builder::new()
-        .prefix(".loratool-")
-        .tempdir_in(parent);
-    let frames = frames.map_err(|e| Error::io(Reason::Create, e).in_file(parent))?;
+    let frames = tempfile::Builder::new().prefix("loratool-").tempdir();
+    let frames = frames.map_err(|e| Error::io(Reason::Create, e).in_file(std::env::temp_dir()))?;
     let (companions, notices) = unmerge::beside(&restoring)?;
     lay_out(&restoring, frames.path())?;
     for companion in &companions {
         let path = place(frames.path(), &companion.name)?;
         std::fs::copy(companion.input.path(), &path)
             .map_err(|e| Error::io(Reason::Write, e).in_file(path))?;
+        companion.input.verify_unchanged()?;
     }
     let base = restored(&restoring, frames.path())?;
     let onto = merge::Options {

@@ -709,6 +709,35 @@ fn a_merge_has_the_same_bytes_with_and_without_an_undo_file() {
 }
 
 #[test]
+fn undo_files_are_the_same_with_any_threads_and_kernel_and_all_read_them() {
+    let merged = Merged::new();
+    let wanted = std::fs::read(merged.options.undo.as_ref().unwrap()).unwrap();
+    let kernels = loratool::linalg::KERNELS.iter();
+    for kernel in kernels.filter(|kernel| (kernel.available)()) {
+        for threads in [1, 3] {
+            let mut options = merged.options.clone();
+            options.force = true;
+            options.kernel = Some(kernel.name.to_owned());
+            options.threads = Some(threads);
+            options.undo = Some(merged.room.path("other.undo"));
+            merge(&options).unwrap();
+            let written = std::fs::read(merged.room.path("other.undo")).unwrap();
+            assert!(written == wanted, "{} {threads}", kernel.name);
+            let mut back = merged.back();
+            back.force = true;
+            back.kernel = Some(kernel.name.to_owned());
+            back.threads = Some(threads);
+            unmerged(&back).unwrap();
+            assert!(
+                bytes(&back.output) == bytes(&options.base),
+                "{}",
+                kernel.name
+            );
+        }
+    }
+}
+
+#[test]
 fn the_undo_file_of_small_changes_takes_a_few_thousandths_of_what_changed() {
     let room = Room::new();
     let mut random = Random(5);
