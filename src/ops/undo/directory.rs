@@ -9,6 +9,9 @@ use crate::adapter::{Geometry, Module};
 use crate::error::{Error, Reason, Result};
 use crate::tensor::{DType, Float, elements};
 
+/// Rows that a block has at least, as merges cut them: a claim of more blocks would cost more memory than it is worth.
+const LEAST_HEIGHT: usize = 8;
+
 /// BLAKE3 as 64 hexadecimal digits.
 pub(crate) type Hash = String;
 
@@ -293,7 +296,7 @@ impl TensorEntry {
                     return wrong("a coded tensor has no arithmetic");
                 };
                 let count = elements(&coded.merged.shape).unwrap_or(usize::MAX);
-                let fits = coded.height > 0
+                let fits = coded.height >= LEAST_HEIGHT
                     && coded.columns > 0
                     && coded.columns.checked_mul(coded.height).is_some_and(|block| block < 1 << 31)
                     && count.is_multiple_of(coded.columns)

@@ -3,7 +3,6 @@
 //! One thread writes; the others evaluate blocks of rows of the next chunk, each reading its own rows. Chunks and blocks
 //! are cut by shape alone, so neither bytes nor sums depend on the number of threads.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,21 +12,30 @@ use rayon::prelude::*;
 
 use super::Control;
 use super::plan::PlannedTensor;
-use crate::adapter::bound::{self, Bound, measure};
-use crate::adapter::evaluate::{Elements, Recipe, Scratch, Step, Sums};
-use crate::adapter::preimage::{Merge, is_told_apart};
+use crate::adapter::bound::Bound;
+use crate::adapter::evaluate::{Recipe, Step, Sums};
 use crate::checkpoint::sink::OutputFile;
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::ops::undo;
-use crate::tensor::{DType, Float, Parts, Tensor};
+use crate::tensor::{Parts, Tensor};
+
+mod block;
+mod source;
+mod watch;
+
+use block::{Block, Done};
+use source::{Source, float};
+use watch::Watch;
+
+pub(crate) use watch::Record;
 
 /// Bytes of output that are computed before they are handed to the writer.
-pub(super) const CHUNK: usize = 8 << 20;
+pub(in crate::ops::merge) const CHUNK: usize = 8 << 20;
 
 /// Elements that one task evaluates: base and value in f64 stay in the second-level cache.
-pub(super) const BLOCK: usize = 32 << 10;
+pub(in crate::ops::merge) const BLOCK: usize = 32 << 10;
 
 /// Rows that a block has at least: the kernels work on tiles of eight.
 const TILE: usize = 8;
@@ -84,16 +92,6 @@ pub(crate) struct Evaluated {
     pub(crate) sums: Sums,
     pub(crate) record: Option<Record>,
     pub(crate) bound: Bound,
-}
-
-/// What was written down of a tensor.
-pub(crate) struct Record {
-    pub(crate) base: blake3::Hash,
-    pub(crate) merged: blake3::Hash,
-    pub(crate) columns: usize,
-    pub(crate) height: usize,
-    pub(crate) payload: undo::Section,
-    pub(crate) lengths: undo::Section,
 }
 
 /// Starts the writer, does the work, and returns the hidden paths of the files.
@@ -208,9 +206,9 @@ impl Pipeline<'_> {
         self.flush()?;
         let mut hasher = blake3::Hasher::new();
         let block = parts.block();
-        let chunk = (CHUNK / block.max(1)).max(1) * block.max(1);
-        for start in (0..tensor.length as usize).step_by(chunk) {
-            let mut buffer = self.buffer(chunk.min(tensor.length as usize - start));
+        let size = (CHUNK / block.max(1)).max(1) * block.max(1);
+        for start in (0..tensor.length as usize).step_by(size) {
+            let mut buffer = self.buffer(size.min(tensor.length as usize - start));
             let blocks = buffer.par_chunks_mut(block.max(1)).enumerate();
             blocks.try_for_each(|(index, bytes)| parts.read(start + index * block, bytes))?;
             hasher.update_rayon(&buffer);
@@ -266,27 +264,9 @@ impl Pipeline<'_> {
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
             let mut buffer = self.buffer(count * row_bytes);
-            let mut bases = vec![
-                0;
-                if watch.is_some() {
-                    count * base_bytes
-                } else {
-                    0
-                }
-            ];
-            let block_bytes = (height * row_bytes).max(1);
-            let mut parts: Vec<&mut [u8]> =
-                bases.chunks_mut((height * base_bytes).max(1)).collect();
-            parts.resize_with(buffer.len().div_ceil(block_bytes), Default::default);
-            let blocks: Vec<Done> = buffer
-                .par_chunks_mut(block_bytes)
-                .zip(parts)
-                .enumerate()
-                .map(|(index, (result, base))| {
-                    let start = first + index * height;
-                    block.evaluate(start..start + result.len() / row_bytes, base, result)
-                })
-                .collect::<Result<_>>()?;
+            let watched = if watch.is_some() { count } else { 0 };
+            let mut bases = vec![0; watched * base_bytes];
+            let blocks = chunk(&block, first, height, &mut buffer, &mut bases)?;
             for done in &blocks {
                 total.add(&done.sums);
                 bound.add(&done.bound);
@@ -324,160 +304,30 @@ impl Pipeline<'_> {
     }
 }
 
-/// Hashes of both sides of a tensor, and the lengths of what restores its blocks.
-struct Watch {
-    base: blake3::Hasher,
-    merged: blake3::Hasher,
-    start: u64,
-    lengths: Vec<u8>,
-}
-
-impl Watch {
-    /// Where somebody wants to know: an undo file, or a source that is restored from one.
-    fn new(undo: Option<&undo::Writer>, source: &Source<'_>) -> Option<Self> {
-        let wanted = undo.is_some() || source.tensor.source.parts().is_some();
-        wanted.then(|| Watch {
-            base: blake3::Hasher::new(),
-            merged: blake3::Hasher::new(),
-            start: undo.map_or(0, undo::Writer::at),
-            lengths: Vec::new(),
+/// Evaluates the blocks of a chunk, each on a thread of its own. `bases` takes the rows of the base, where it has room.
+fn chunk(
+    block: &Block<'_>,
+    first: usize,
+    height: usize,
+    buffer: &mut [u8],
+    bases: &mut [u8],
+) -> Result<Vec<Done>> {
+    let (columns, to) = (block.recipe.columns, block.recipe.to);
+    let (row_bytes, base_bytes) = (columns * to.size(), columns * block.source.float.size());
+    let block_bytes = (height * row_bytes).max(1);
+    let mut parts: Vec<&mut [u8]> = bases.chunks_mut((height * base_bytes).max(1)).collect();
+    parts.resize_with(buffer.len().div_ceil(block_bytes), Default::default);
+    let blocks = buffer.par_chunks_mut(block_bytes).zip(parts).enumerate();
+    blocks
+        .map(|(index, (result, base))| {
+            let start = first + index * height;
+            block.evaluate(start..start + result.len() / row_bytes, base, result)
         })
-    }
-
-    fn payload(&mut self, payload: &[u8], undo: &mut undo::Writer) -> Result<()> {
-        undo::varint(&mut self.lengths, payload.len() as u64);
-        undo.append(payload)
-    }
-
-    fn finish(
-        self,
-        source: &Tensor,
-        undo: Option<&mut undo::Writer>,
-        columns: usize,
-        height: usize,
-    ) -> Result<Option<Record>> {
-        let base = self.base.finalize();
-        if let Some(parts) = source.parts() {
-            parts.verify(base.as_bytes())?;
-        }
-        let Some(undo) = undo else {
-            return Ok(None);
-        };
-        let payload = undo.since(self.start);
-        Ok(Some(Record {
-            base,
-            merged: self.merged.finalize(),
-            columns,
-            height,
-            payload,
-            lengths: undo.deflated(&self.lengths)?,
-        }))
-    }
-}
-
-/// What a thread keeps between blocks.
-#[derive(Default)]
-struct Memory {
-    bytes: Vec<u8>,
-    scratch: Scratch,
-    undo: undo::Memory,
-    bounds: bound::Memory,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Memory> = RefCell::default();
-}
-
-/// How the blocks of one tensor are evaluated.
-struct Block<'a> {
-    recipe: &'a Recipe,
-    source: &'a Source<'a>,
-    kernel: &'a Kernel,
-    writes_undo: bool,
-    measures: bool,
-}
-
-/// What came of a block.
-struct Done {
-    sums: Sums,
-    /// What restores its rows of the base.
-    payload: Vec<u8>,
-    bound: Bound,
-}
-
-impl Block<'_> {
-    /// Evaluates some rows. `base` takes the rows of the base, where it has room.
-    fn evaluate(&self, rows: Range<usize>, base: &mut [u8], result: &mut [u8]) -> Result<Done> {
-        let Block {
-            recipe,
-            source,
-            kernel,
-            writes_undo,
-            measures,
-        } = *self;
-        let columns = recipe.columns;
-        let (from, to) = (source.float, recipe.to);
-        SCRATCH.with_borrow_mut(|memory| {
-            let Memory {
-                bytes,
-                scratch,
-                undo,
-                bounds,
-            } = memory;
-            let runs = source.runs(rows.clone());
-            let terms = match writes_undo && is_told_apart(from, to) && runs.len() == 1 {
-                true => recipe.terms(rows.clone(), kernel)?,
-                false => None,
-            };
-            let is_whole = !base.is_empty() && source.tensor.rows.is_empty();
-            if !base.is_empty() {
-                source
-                    .tensor
-                    .source
-                    .read(rows.start * columns * from.size(), base)?;
-            }
-            let (mut sums, mut bound) = (Sums::default(), Bound::default());
-            let mut rest = &mut *result;
-            for (rows, float) in runs {
-                let result = rest.split_off_mut(..rows.len() * columns * to.size());
-                let result = result.expect("the runs are the rows of the block");
-                if !is_whole {
-                    source.read(rows.clone(), float, columns, bytes)?;
-                }
-                let bytes = if is_whole { &*base } else { &**bytes };
-                let elements = Elements { float, bytes };
-                let terms = terms.as_deref();
-                let own = rows.clone();
-                sums.add(&recipe.evaluate(own, elements, terms, result, scratch, kernel)?);
-                if measures {
-                    let memory = (&mut *scratch, &mut *bounds);
-                    bound.add(&measure(recipe, rows, elements, result, memory, kernel)?);
-                }
-            }
-            let payload = match (writes_undo, &terms) {
-                (false, _) => Vec::new(),
-                (true, None) => undo::raw(base),
-                (true, Some(terms)) => {
-                    let merge = Merge {
-                        from,
-                        to,
-                        terms,
-                        kernel,
-                    };
-                    undo::encode(&merge, base, result, undo)
-                }
-            };
-            Ok(Done {
-                sums,
-                payload,
-                bound,
-            })
-        })
-    }
+        .collect()
 }
 
 /// The writer: one thread, strictly in order.
-fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<std::path::PathBuf>> {
+fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<PathBuf>> {
     let mut open: Option<OutputFile> = None;
     let mut finished = Vec::new();
     for message in inbox {
@@ -500,93 +350,6 @@ fn write(inbox: &Receiver<Message>, returns: &Sender<Vec<u8>>) -> Result<Vec<std
         }
     }
     Ok(finished)
-}
-
-/// Where the rows of a tensor come from.
-struct Source<'a> {
-    tensor: &'a PlannedTensor,
-    /// The type of all rows but those that an adapter brings in another one.
-    float: Float,
-}
-
-impl<'a> Source<'a> {
-    fn of(tensor: &'a PlannedTensor) -> Result<Self> {
-        let float = float(tensor.source.dtype, &tensor.source)?;
-        for (rows, _) in tensor.rows.values() {
-            rows.float()?;
-        }
-        Ok(Source { tensor, float })
-    }
-
-    /// Rows cut into runs of one type.
-    fn runs(&self, rows: Range<usize>) -> Vec<(Range<usize>, Float)> {
-        let mut runs = Vec::new();
-        let mut start = rows.start;
-        for (row, (tensor, _)) in self.tensor.rows.range(rows.clone()) {
-            if let Some(float) = Float::of(tensor.dtype)
-                && float != self.float
-            {
-                runs.push((start..*row, self.float));
-                runs.push((*row..row + 1, float));
-                start = row + 1;
-            }
-        }
-        runs.push((start..rows.end, self.float));
-        runs.retain(|(rows, _)| !rows.is_empty());
-        runs
-    }
-
-    /// Shows all rows to the steps that ask for it.
-    fn survey(
-        &self,
-        recipe: &mut Recipe,
-        rows: usize,
-        height: usize,
-        kernel: &Kernel,
-        control: &Control<'_>,
-    ) -> Result<()> {
-        let mut bytes = Vec::new();
-        for first in (0..rows).step_by(height) {
-            control.check()?;
-            let rows = first..(first + height).min(rows);
-            for (rows, float) in self.runs(rows) {
-                self.read(rows.clone(), float, recipe.columns, &mut bytes)?;
-                let bytes = &bytes;
-                recipe.survey(rows, Elements { float, bytes }, kernel)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Reads a run.
-    fn read(
-        &self,
-        rows: Range<usize>,
-        float: Float,
-        columns: usize,
-        bytes: &mut Vec<u8>,
-    ) -> Result<()> {
-        let row_bytes = columns * float.size();
-        bytes.resize(rows.len() * row_bytes, 0);
-        if float == self.float {
-            let source = &self.tensor.source;
-            source.read(rows.start * row_bytes, bytes)?;
-        }
-        for (row, (tensor, from)) in self.tensor.rows.range(rows.clone()) {
-            let new = tensor.bytes_of(from * row_bytes, row_bytes)?;
-            let at = (row - rows.start) * row_bytes;
-            bytes[at..at + row_bytes].copy_from_slice(&new);
-        }
-        Ok(())
-    }
-}
-
-fn float(dtype: DType, tensor: &Tensor) -> Result<Float> {
-    Float::of(dtype).ok_or_else(|| {
-        tensor.error(Reason::TensorType {
-            dtype: dtype.to_string(),
-        })
-    })
 }
 
 /// The index of an element in the tensor's own shape.
