@@ -145,6 +145,14 @@ pub struct Module {
 }
 
 impl Module {
+    /// Bytes of its parameters.
+    pub fn bytes(&self) -> u64 {
+        self.parameters
+            .iter()
+            .map(|(_, tensor)| tensor.length)
+            .sum()
+    }
+
     /// Makes a module after checking roles and shapes, so that an invalid one cannot exist.
     ///
     /// # Errors

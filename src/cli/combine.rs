@@ -12,7 +12,7 @@ use loratool::{Error, Reason, printable};
 use super::adapters::Adapters;
 use super::convert::Writing;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Outcome, size, targets};
+use super::{Outcome, Workers, size, targets};
 
 /// Make one adapter of several.
 ///
@@ -77,9 +77,8 @@ pub(super) struct Combine {
     /// Combine adapters that have no layer in common
     #[arg(long)]
     allow_unrelated: bool,
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    workers: Workers,
     #[command(flatten)]
     pub(super) writing: Writing,
 }
@@ -125,7 +124,7 @@ impl Combine {
         let plan = plan(&self.options(matches)?)?;
         let stderr = Stderr::new();
         let quiet = self.writing.is_quiet();
-        let result = with_progress(quiet, |control| match self.writing.is_dry() {
+        let result = with_progress(quiet, |control| match self.writing.dry_run {
             true => plan.measure(control),
             false => plan.run(control),
         });
@@ -176,7 +175,7 @@ impl Combine {
             },
             average_full: self.average_full,
             allow_unrelated: self.allow_unrelated,
-            threads: self.threads.map(usize::from),
+            threads: self.workers.count(),
         })
     }
 }

@@ -138,11 +138,6 @@ impl Writing {
         })
     }
 
-    /// Whether nothing is to be written.
-    pub(super) fn is_dry(&self) -> bool {
-        self.dry_run
-    }
-
     /// Whether only warnings and errors are to be printed, or one document.
     pub(super) fn is_quiet(&self) -> bool {
         self.quiet || self.common.json

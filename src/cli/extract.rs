@@ -12,7 +12,7 @@ use loratool::{Error, Reason};
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
 use super::table::{kinds, numbers, percent, shares};
-use super::{LayerNames, Outcome, Path, prefix, size, targets};
+use super::{LayerNames, Outcome, Path, Workers, prefix, size, targets};
 
 /// Make an adapter from a base and what was tuned from it, with a proof of how good it is.
 ///
@@ -91,9 +91,8 @@ pub(super) struct Extract {
     /// Seed of the random numbers
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    workers: Workers,
     /// Library of linear algebra, where the build has several
     #[arg(long, value_name = "NAME")]
     algebra: Option<String>,
@@ -269,7 +268,7 @@ impl Extract {
                 OfFactors::Bf16 => Float::BF16,
             },
             seed: self.seed,
-            threads: self.threads.map(usize::from),
+            threads: self.workers.count(),
             algebra: self.algebra.clone(),
             allow_unmatched: self.allow_unmatched,
             allow_losses: self.allow_losses,

@@ -7,7 +7,7 @@ use loratool::ops::merge::{Control, Options, Report, plan};
 
 use super::adapters::Adapters;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Common, Outcome, Path, Type, kernel, size};
+use super::{Common, Outcome, Path, Type, Workers, kernel, size};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -64,9 +64,8 @@ pub(super) struct Merging {
     /// Print the plan and write nothing
     #[arg(long, short = 'n')]
     dry_run: bool,
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    workers: Workers,
     /// Leave out what has no place in the base
     #[arg(long)]
     allow_unmatched: bool,
@@ -113,7 +112,7 @@ impl Merging {
             dtype: self.dtype.float(),
             force: self.force,
             shard_size: self.shard_size.as_deref().map(size).transpose()?,
-            threads: self.threads.map(usize::from),
+            threads: self.workers.count(),
             allow_unmatched: self.allow_unmatched,
             allow_nonfinite: self.allow_nonfinite,
             read: self.common.reading()?,

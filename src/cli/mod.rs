@@ -113,6 +113,20 @@ fn prefix(text: &str) -> String {
     }
 }
 
+/// How much of the machine is used.
+#[derive(Args, Clone, Copy, Debug)]
+struct Workers {
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+}
+
+impl Workers {
+    fn count(self) -> Option<usize> {
+        self.threads.map(usize::from)
+    }
+}
+
 /// What every command takes.
 #[derive(Args, Clone, Debug)]
 struct Common {

@@ -8,7 +8,7 @@ use super::convert::{Changing, Writing};
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, with_progress};
 use super::table::{kinds, numbers, percent, shares};
-use super::{Outcome, Path, size};
+use super::{Outcome, Path, Workers, size};
 
 /// Give an adapter other ranks, with the least that they can leave out.
 ///
@@ -76,9 +76,8 @@ pub(super) struct Resize {
     compat: Option<Compat>,
     #[command(flatten)]
     changing: Changing,
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    workers: Workers,
     /// Library of linear algebra, where the build has several
     #[arg(long, value_name = "NAME")]
     algebra: Option<String>,
@@ -102,7 +101,7 @@ impl Resize {
         let inputs = [self.adapter.as_path()];
         let drawing =
             plot::destination(self.plot.as_deref(), &writing.output, writing.force, inputs)?;
-        let hidden = writing.quiet || writing.common.json;
+        let hidden = writing.is_quiet();
         let plan = with_progress(hidden, |control| plan(&options, control))?;
         let stderr = Stderr::new();
         stderr.notices(&plan.report().conversion.notices);
@@ -164,7 +163,7 @@ impl Resize {
                 Some(Compat::Kohya) => Counting::SdScripts,
                 None => Counting::Exact,
             },
-            threads: self.threads.map(usize::from),
+            threads: self.workers.count(),
             algebra: self.algebra.clone(),
         })
     }

@@ -6,7 +6,7 @@ use loratool::ops::unmerge::{Options, Report, Taken, plan};
 
 use super::adapters::{Adapters, Said};
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Common, Outcome, Path, Type, kernel};
+use super::{Common, Outcome, Path, Type, Workers, kernel};
 
 /// Take adapters out of a merged checkpoint again.
 ///
@@ -46,9 +46,8 @@ pub(super) struct Unmerge {
     /// Check that everything belongs together, and write nothing
     #[arg(long, short = 'n')]
     dry_run: bool,
-    /// Worker threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
-    threads: Option<u16>,
+    #[command(flatten)]
+    workers: Workers,
     /// Print warnings and errors only
     #[arg(long, short)]
     quiet: bool,
@@ -83,7 +82,7 @@ impl Unmerge {
             allow_kept: self.allow_kept,
             dtype: self.dtype.float(),
             force: self.force,
-            threads: self.threads.map(usize::from),
+            threads: self.workers.count(),
             read: self.common.reading()?,
             kernel: kernel(),
         })

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Reason, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 pub(super) struct Spool {
     file: Arc<Mutex<File>>,
@@ -24,21 +24,16 @@ impl Spool {
         })
     }
 
-    /// Puts bytes away, and gives the tensor that they are.
-    pub(super) fn keep(
-        &mut self,
-        like: &Tensor,
-        dtype: DType,
-        shape: Vec<usize>,
-        bytes: &[u8],
-    ) -> Result<Tensor> {
+    /// Puts the bytes of a tensor away, and gives the tensor that reads them back.
+    pub(super) fn keep(&mut self, tensor: &Tensor) -> Result<Tensor> {
+        let bytes = tensor.bytes()?;
         let (offset, length) = (self.length, bytes.len());
-        let place = like.input.path().to_owned();
+        let place = tensor.input.path().to_owned();
         {
             let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
             let written = file
                 .seek(SeekFrom::Start(offset))
-                .and_then(|_| file.write_all(bytes));
+                .and_then(|_| file.write_all(&bytes));
             written.map_err(|e| Error::io(Reason::Write, e))?;
         }
         self.length += length as u64;
@@ -52,6 +47,6 @@ impl Spool {
             read.map_err(|e| Error::io(Reason::Read, e).in_file(&place))?;
             Ok(bytes)
         };
-        Ok(like.derived(dtype, shape, Arc::new(made)))
+        Ok(tensor.derived(tensor.dtype, tensor.shape.clone(), Arc::new(made)))
     }
 }

@@ -2,15 +2,13 @@
 
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use super::merge::{Control, Report, Restored};
+use super::merge::{Control, OpenBase, Report};
 use super::undo::{Frame, Piece, Restoring};
 use super::workers::workers;
 use super::{merge, unmerge};
 use crate::checkpoint::{Checkpoint, Variant};
 use crate::error::{Error, Reason, Result};
-use crate::mapped::Input;
 use crate::tensor::Tensor;
 
 /// What to take out, and what to merge instead.
@@ -121,7 +119,7 @@ fn lay_out(restoring: &Restoring, folder: &Path) -> Result<()> {
 }
 
 /// The base, its tensors read through what restores them.
-fn restored(restoring: &Restoring, folder: &Path) -> Result<Restored> {
+fn restored(restoring: &Restoring, folder: &Path) -> Result<OpenBase> {
     let directory = restoring.directory();
     let path = match (directory.folder, directory.files.as_slice()) {
         (false, [only]) => folder.join(&only.place),
@@ -152,14 +150,10 @@ fn restored(restoring: &Restoring, folder: &Path) -> Result<Restored> {
         .find(|(name, _)| !numbers.contains_key(name));
     match missing {
         Some((name, _)) => Err(Error::new(Reason::NotRestored).on(name.clone())),
-        None => Ok(Restored {
+        None => Ok(OpenBase {
             checkpoint,
             frames,
-            behind: behind(restoring),
+            behind: restoring.inputs().cloned().collect(),
         }),
     }
-}
-
-fn behind(restoring: &Restoring) -> Vec<Arc<Input>> {
-    restoring.inputs().cloned().collect()
 }

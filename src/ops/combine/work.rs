@@ -201,8 +201,7 @@ impl<'a> Work<'a> {
         let Made { mut module, fit } = made;
         for (_, tensor) in &mut module.parameters {
             if tensor.memory.is_some() {
-                let bytes = tensor.bytes()?.into_owned();
-                *tensor = spool.keep(tensor, tensor.dtype, tensor.shape.clone(), &bytes)?;
+                *tensor = spool.keep(tensor)?;
             }
         }
         let exact = fit.is_none() && matches!(self.plan.way, Way::Recipe(_));
@@ -281,9 +280,7 @@ impl<'a> Work<'a> {
 
 /// Bytes of the parameters of a layer.
 fn size(layer: &Layer) -> u64 {
-    let modules = layer.parts.iter().map(|part| &part.module);
-    let parameters = modules.flat_map(|module| &module.parameters);
-    parameters.map(|(_, tensor)| tensor.length).sum()
+    layer.parts.iter().map(|part| part.module.bytes()).sum()
 }
 
 /// What is told of an adapter.

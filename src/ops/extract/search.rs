@@ -250,12 +250,7 @@ impl<'a> Search<'a> {
             base_square,
         } = measured(pair, plan.method, settings, (options.alpha, options.dtype))?;
         for (_, tensor) in &mut module.parameters {
-            *tensor = spool.keep(
-                &pair.base,
-                tensor.dtype,
-                tensor.shape.clone(),
-                &tensor.bytes()?,
-            )?;
+            *tensor = spool.keep(tensor)?;
         }
         let difference_bytes = pair.tuned.length;
         Ok((

@@ -26,7 +26,7 @@ mod run;
 
 pub(crate) use place::{architecture, attention, layout, stores_inputs_first};
 pub(crate) use plan::{
-    Opened, Restored, holds_an_adapter, kernel, look, open_adapters, plan_inverse, plan_onto,
+    OpenBase, Opened, holds_an_adapter, kernel, look, open_adapters, plan_inverse, plan_onto,
 };
 pub use plan::{Plan, PlannedModule, PlannedTensor};
 pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};

@@ -149,37 +149,40 @@ impl PlannedTensor {
     }
 }
 
-/// A base that need not lie in files as it is read.
-pub(crate) struct Restored {
+/// A base that is open, and need not lie in files as it is read.
+pub(crate) struct OpenBase {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) frames: Vec<Frame>,
     pub(crate) behind: Vec<Arc<Input>>,
 }
 
+impl OpenBase {
+    /// The one that the options name.
+    fn of(options: &Options) -> Result<Self> {
+        let checkpoint = open_base(options)?;
+        let frames = match options.undo {
+            Some(_) => Frame::of(&checkpoint),
+            None => Vec::new(),
+        };
+        Ok(OpenBase {
+            checkpoint,
+            frames,
+            behind: Vec::new(),
+        })
+    }
+}
+
 pub(super) fn plan(options: &Options) -> Result<Plan> {
-    let checkpoint = open_base(options)?;
-    let frames = match options.undo {
-        Some(_) => Frame::of(&checkpoint),
-        None => Vec::new(),
-    };
-    let base = Restored {
-        checkpoint,
-        frames,
-        behind: Vec::new(),
-    };
-    plan_onto(options, base)
+    plan_onto(options, OpenBase::of(options)?)
 }
 
 /// Plans onto a base that is open.
 ///
 /// # Errors
 /// As [`super::plan`].
-pub(crate) fn plan_onto(options: &Options, base: Restored) -> Result<Plan> {
-    planned(
-        options,
-        base,
-        open_adapters(&options.adapters, &options.read)?,
-    )
+pub(crate) fn plan_onto(options: &Options, base: OpenBase) -> Result<Plan> {
+    let adapters = open_adapters(&options.adapters, &options.read)?;
+    planned(options, base, adapters)
 }
 
 /// Plans with the inverses of adapters.
@@ -187,17 +190,12 @@ pub(crate) fn plan_onto(options: &Options, base: Restored) -> Result<Plan> {
 /// # Errors
 /// As [`super::plan`].
 pub(crate) fn plan_inverse(options: &Options, inverses: Vec<Opened>) -> Result<Plan> {
-    let base = Restored {
-        checkpoint: open_base(options)?,
-        frames: Vec::new(),
-        behind: Vec::new(),
-    };
-    planned(options, base, inverses)
+    planned(options, OpenBase::of(options)?, inverses)
 }
 
-fn planned(options: &Options, base: Restored, adapters: Vec<Opened>) -> Result<Plan> {
+fn planned(options: &Options, base: OpenBase, adapters: Vec<Opened>) -> Result<Plan> {
     let kernel = kernel(options.kernel.as_deref())?;
-    let Restored {
+    let OpenBase {
         checkpoint: base,
         frames,
         behind,

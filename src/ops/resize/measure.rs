@@ -33,12 +33,6 @@ impl<'a> Layer<'a> {
         self.on.rows.min(self.on.columns)
     }
 
-    /// Bytes that it has in its file.
-    pub(super) fn bytes(&self) -> u64 {
-        let parameters = self.module.parameters.iter();
-        parameters.map(|(_, tensor)| tensor.length).sum()
-    }
-
     /// The same with a multiplier of 1, whose factors are those in the file.
     fn plain(&self) -> Module {
         Module {

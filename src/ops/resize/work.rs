@@ -83,7 +83,7 @@ impl Work<'_> {
         (spool, found): (&mut Spool, &mut Found),
     ) -> Result<()> {
         let layers = layers(chosen);
-        let total = layers.iter().map(Layer::bytes).sum();
+        let total = layers.iter().map(|layer| layer.module.bytes()).sum();
         let mut done = 0;
         let mut all = Vec::new();
         let step = rayon::current_num_threads().max(1);
@@ -96,13 +96,11 @@ impl Work<'_> {
                 for (role, tensor) in &mut made.module.parameters {
                     // Zeros behind factors are made when they are written.
                     if tensor.memory.is_some() && is_new(layer.module, *role, tensor) {
-                        let made = tensor.clone();
-                        *tensor =
-                            spool.keep(&made, made.dtype, made.shape.clone(), &made.bytes()?)?;
+                        *tensor = spool.keep(tensor)?;
                     }
                 }
                 all.push(made);
-                done += layer.bytes();
+                done += layer.module.bytes();
                 self.control.progress(done, total);
             }
         }

@@ -98,6 +98,17 @@ pub(crate) enum How {
     Coded(Box<Coded>),
 }
 
+impl How {
+    /// The tensor of the result that it needs.
+    pub(crate) fn merged(&self) -> Option<&Merged> {
+        match self {
+            How::Same(merged) => Some(merged),
+            How::Coded(coded) => Some(&coded.merged),
+            How::Kept(_) => None,
+        }
+    }
+}
+
 /// A tensor of the result.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

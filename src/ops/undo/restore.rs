@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::code::{Memory, decode, read_varint};
-use super::directory::{Coded, Directory, How, Merged, ModuleEntry};
+use super::directory::{Coded, Directory, How, ModuleEntry};
 use super::file::{Undo, hash_of, hashes};
 use crate::adapter::evaluate::{Recipe, Step};
 use crate::adapter::preimage::Merge;
@@ -187,17 +187,10 @@ fn adapters(
 
 /// The merged tensors that the entries of a directory need.
 fn tensors(directory: &Directory, checkpoint: &Checkpoint) -> Result<Vec<Option<Tensor>>> {
-    let wanted = |how: &How| -> Option<Merged> {
-        match how {
-            How::Same(merged) => Some(merged.clone()),
-            How::Coded(coded) => Some(coded.merged.clone()),
-            How::Kept(_) => None,
-        }
-    };
     let mut found = Vec::new();
     let mut wrong = Vec::new();
     for entry in &directory.tensors {
-        let Some(merged) = wanted(&entry.how) else {
+        let Some(merged) = entry.how.merged() else {
             found.push(None);
             continue;
         };
@@ -215,12 +208,12 @@ fn tensors(directory: &Directory, checkpoint: &Checkpoint) -> Result<Vec<Option<
             }
             Some(_) => {}
         }
-        found.push(tensor.cloned().map(|tensor| (tensor, merged.hash)));
+        found.push(tensor.cloned().map(|tensor| (tensor, &merged.hash)));
     }
     if wrong.is_empty() {
-        let other = |(tensor, hash): &(Tensor, String)| -> Result<Option<String>> {
+        let other = |(tensor, hash): &(Tensor, &String)| -> Result<Option<String>> {
             let own = hash_of(&tensor.input, tensor.offset, tensor.length)?;
-            Ok((own.to_string() != *hash).then(|| format!("{}: other values", tensor.name)))
+            Ok((own.to_string() != **hash).then(|| format!("{}: other values", tensor.name)))
         };
         let checked: Vec<Option<String>> = found
             .par_iter()

@@ -261,11 +261,12 @@ impl Pipeline<'_> {
         let (row_bytes, base_bytes) = (columns * to.size(), columns * source.float.size());
         let chunk_rows = (CHUNK / row_bytes.max(1)).max(1).next_multiple_of(height);
         let (mut total, mut bound) = (Sums::default(), Bound::default());
+        let mut bases = Vec::new();
         for first in (0..rows).step_by(chunk_rows) {
             let count = chunk_rows.min(rows - first);
             let mut buffer = self.buffer(count * row_bytes);
             let watched = if watch.is_some() { count } else { 0 };
-            let mut bases = vec![0; watched * base_bytes];
+            bases.resize(watched * base_bytes, 0);
             let blocks = chunk(&block, first, height, &mut buffer, &mut bases)?;
             for done in &blocks {
                 total.add(&done.sums);
