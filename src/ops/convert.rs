@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::merge::Control;
-use super::outgoing::{Base, Outgoing, Wish, write};
+use super::outgoing::{Base, Outgoing, Wish, writable, write};
 use crate::adapter::{Adapter, ReplacementKind};
 use crate::checkpoint::sink::Destination;
-use crate::error::{Error, Reason, Result};
+use crate::error::Result;
 use crate::formats::{Format, Found, Loss, ReadOptions, Written};
 use crate::naming::{Resolution, Rows};
 use crate::notice::{Notice, NoticeKind};
@@ -115,18 +115,11 @@ pub(super) fn in_own_format(options: &Options) -> Result<Options> {
         return Ok(conversion);
     }
     let found = Found::open(&conversion.adapter)?;
-    conversion.to = found.format().map_or("", Format::id).to_owned();
     conversion.names = conversion.names.or(Some(Names::Own));
-    let writer = found.format().and_then(Format::writer);
-    if let (Some(format), None) = (found.format(), writer) {
-        let name = format.name();
-        return Err(Error::new(Reason::NotWritten { name })
-            .in_file(&conversion.adapter)
-            .with_hint("--to names a format that is written"));
-    }
-    // What no format recognises is told as reading tells it.
-    if found.format().is_none() {
-        found.read(&conversion.read)?;
+    match found.format() {
+        Some(format) => conversion.to = writable(format, &conversion.adapter)?.id().to_owned(),
+        // What no format recognises is told as reading tells it.
+        None => drop(found.read(&conversion.read)?),
     }
     Ok(conversion)
 }

@@ -6,21 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{contents, fixture};
+use crate::support::{contents, fixture, program, text};
 
 const LLAMA: &str = "peft/bases/llama";
 const LORA: &str = "peft/cases/lora/adapter";
 
 fn loratool<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_loratool"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
+    program().args(arguments).output().unwrap()
 }
 
 fn path(path: &Path) -> String {

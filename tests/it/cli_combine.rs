@@ -1,27 +1,23 @@
 //! `loratool combine`, as people and scripts meet it.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::fixture;
+use crate::support::{fixture, program, text};
 
 fn combine(output: &Path, more: &[&str]) -> Output {
     let folder = fixture("combine/peft/w_ties");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_loratool"));
+    let mut command = program();
     command.arg("combine");
     for (name, strength) in [("a0", "0.7"), ("a1", "-0.3")] {
         command.arg("--adapter").arg(folder.join(name));
         command.args(["--strength", strength]);
     }
     let command = command.arg("--output").arg(output).args(more);
-    command.stdin(Stdio::null()).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
+    command.output().unwrap()
 }
 
 #[test]

@@ -1,17 +1,17 @@
 //! `loratool extract`, as people and scripts meet it.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::oracle;
-use crate::support::fixture;
+use crate::support::{fixture, program, text};
 
 fn extract(output: &Path, more: &[&str]) -> Output {
     let pair = fixture("extract/llama");
-    Command::new(env!("CARGO_BIN_EXE_loratool"))
+    program()
         .arg("extract")
         .args(["--rank", "4", "--base"])
         .arg(pair.join("base"))
@@ -20,13 +20,8 @@ fn extract(output: &Path, more: &[&str]) -> Output {
         .arg("--output")
         .arg(output)
         .args(more)
-        .stdin(Stdio::null())
         .output()
         .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 #[test]

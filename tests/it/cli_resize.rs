@@ -1,29 +1,24 @@
 //! `loratool resize`, as people and scripts meet it.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::oracle::Stored;
-use crate::support::{Random, fixture, write_adapter};
+use crate::support::{Random, fixture, program, text, write_adapter};
 
 fn resize(adapter: &Path, output: &Path, more: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_loratool"))
+    program()
         .arg("resize")
         .arg(adapter)
         .arg("--output")
         .arg(output)
         .args(more)
-        .stdin(Stdio::null())
         .output()
         .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! `merge --undo`, `unmerge` and `switch`, as people and scripts meet them.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::support::{contents, fixture};
+use crate::support::{contents, fixture, program, text};
 
 /// Runs in a folder; words are separated by spaces, `@name` is an adapter of the fixtures.
 fn loratool(folder: &Path, call: &str) -> Output {
@@ -17,16 +17,11 @@ fn loratool(folder: &Path, call: &str) -> Output {
             .into_os_string(),
         None => word.into(),
     };
-    Command::new(env!("CARGO_BIN_EXE_loratool"))
+    program()
         .current_dir(folder)
         .args(call.split_whitespace().map(word))
-        .stdin(Stdio::null())
         .output()
         .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
 }
 
 fn done(folder: &Path, call: &str) -> String {

@@ -46,6 +46,20 @@ pub(crate) fn tensor(file: &TensorFile, name: &str) -> Tensor {
         .clone()
 }
 
+/// The program, with nothing on its standard input.
+#[cfg(feature = "cli")]
+pub(crate) fn program() -> std::process::Command {
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_loratool"));
+    program.stdin(std::process::Stdio::null());
+    program
+}
+
+/// What a program said.
+#[cfg(feature = "cli")]
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
 /// Names and bytes of all tensors.
 #[cfg(feature = "cli")]
 pub(crate) fn contents(path: &Path) -> Vec<(String, Vec<u8>)> {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::convert;
 use super::merge::{Control, Opened, Selection, look, open_adapters};
-use super::outgoing::{Base, Outgoing, expected_shape, format};
+use super::outgoing::{Base, Outgoing, expected_shape, format, writable};
 use super::workers::workers;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
@@ -210,15 +210,7 @@ fn target(options: &Options, first: &Opened) -> Result<&'static dyn Format> {
     if !options.conversion.to.is_empty() {
         return format(&options.conversion.to);
     }
-    match first.format.writer() {
-        Some(_) => Ok(first.format),
-        None => {
-            let name = first.format.name();
-            Err(Error::new(Reason::NotWritten { name })
-                .in_file(&first.found.path)
-                .with_hint("--to names a format that is written"))
-        }
-    }
+    writable(first.format, &first.found.path)
 }
 
 /// Refuses layers that cannot be combined in a way, all listed.

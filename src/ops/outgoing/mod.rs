@@ -93,6 +93,22 @@ pub fn targets() -> impl Iterator<Item = &'static dyn Format> {
         .filter(|format| format.writer().is_some())
 }
 
+/// A format that an adapter is spelled in, and is to be written in.
+///
+/// # Errors
+/// [`Reason::NotWritten`] where it is only read.
+pub(super) fn writable(format: &'static dyn Format, adapter: &Path) -> Result<&'static dyn Format> {
+    match format.writer() {
+        Some(_) => Ok(format),
+        None => {
+            let name = format.name();
+            Err(Error::new(Reason::NotWritten { name })
+                .in_file(adapter)
+                .with_hint("--to names a format that is written"))
+        }
+    }
+}
+
 /// What a format could not say of an adapter, and what would be multiplied into factors.
 ///
 /// # Errors
