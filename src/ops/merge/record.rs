@@ -99,7 +99,7 @@ impl<'a> Recorder<'a> {
     fn merged(tensor: &PlannedTensor, hash: blake3::Hash) -> Merged {
         Merged {
             name: tensor.name.clone(),
-            dtype: tensor.dtype.to_string(),
+            dtype: tensor.dtype,
             shape: tensor.shape.clone(),
             hash: hash.to_string(),
         }
@@ -138,7 +138,7 @@ impl<'a> Recorder<'a> {
         let modules = tensor.modules.iter().filter(|m| m.strength != 0.0);
         let coded = Coded {
             merged,
-            dtype: tensor.source.dtype.to_string(),
+            dtype: tensor.source.dtype,
             columns: record.columns,
             height: record.height,
             payload: record.payload,

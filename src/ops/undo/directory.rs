@@ -114,7 +114,7 @@ impl How {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Merged {
     pub(crate) name: String,
-    pub(crate) dtype: String,
+    pub(crate) dtype: DType,
     pub(crate) shape: Vec<usize>,
     pub(crate) hash: Hash,
 }
@@ -125,7 +125,7 @@ pub(crate) struct Merged {
 pub(crate) struct Coded {
     pub(crate) merged: Merged,
     /// The type of the base.
-    pub(crate) dtype: String,
+    pub(crate) dtype: DType,
     /// Columns of the matrix, and rows of a block.
     pub(crate) columns: usize,
     pub(crate) height: usize,
@@ -166,29 +166,10 @@ pub(crate) struct CopyEntry {
     pub(crate) hash: Hash,
 }
 
-/// The name of a float in the directory.
-pub(crate) fn float(name: &str) -> Option<Float> {
-    let all = [Float::F64, Float::F32, Float::BF16, Float::F16];
-    all.into_iter()
-        .find(|float| float.dtype().to_string() == name)
-}
-
-impl Merged {
-    /// Its type, where it is a float.
-    pub(crate) fn float(&self) -> Option<Float> {
-        float(&self.dtype)
-    }
-
-    /// Whether a tensor of the result has this name, type and shape.
-    pub(crate) fn is(&self, dtype: DType, shape: &[usize]) -> bool {
-        dtype.to_string() == self.dtype && shape == self.shape
-    }
-}
-
 impl Coded {
     /// The type of the base.
     pub(crate) fn from(&self) -> Option<Float> {
-        float(&self.dtype)
+        Float::of(self.dtype)
     }
 
     /// Rows of the matrix.
@@ -303,7 +284,7 @@ impl TensorEntry {
             How::Coded(coded) => {
                 section(&coded.payload)?;
                 section(&coded.lengths)?;
-                let (Some(from), Some(_)) = (coded.from(), coded.merged.float()) else {
+                let (Some(from), Some(_)) = (coded.from(), Float::of(coded.merged.dtype)) else {
                     return wrong("a coded tensor has no arithmetic");
                 };
                 let count = elements(&coded.merged.shape).unwrap_or(usize::MAX);

@@ -14,4 +14,5 @@ pub(crate) use directory::{
 };
 pub(crate) use file::{Writer, hash_of, hashes};
 pub(crate) use frame::Frame;
-pub(crate) use restore::{Given, Restoring};
+pub(crate) use restore::Restoring;
+pub use restore::Taken;

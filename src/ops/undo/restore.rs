@@ -20,14 +20,16 @@ use crate::linalg::Kernel;
 use crate::mapped::Input;
 use crate::tensor::{Float, Origin, Parts, Tensor};
 
-/// An adapter that was merged, as far as the caller knows.
-#[derive(Clone, Debug)]
-pub(crate) struct Given {
-    pub(crate) path: PathBuf,
-    /// Must be that of the merge, where it is given.
-    pub(crate) strength: Option<f64>,
-    /// The same, by pattern.
-    pub(crate) strength_for: Vec<(String, f64)>,
+/// An adapter that was merged.
+#[derive(Clone, Debug, Default)]
+pub struct Taken {
+    /// An adapter folder or its file of tensors.
+    pub path: PathBuf,
+    /// The strength at which it was merged. With an undo file it is known, and only compared; otherwise it is 1 if
+    /// absent.
+    pub strength: Option<f64>,
+    /// Other strengths for modules whose path a regular expression finds; the first match counts.
+    pub strength_for: Vec<(String, f64)>,
 }
 
 /// A base that can be read.
@@ -67,7 +69,7 @@ impl Restoring {
     pub(crate) fn open(
         undo: &Path,
         merged: &Path,
-        given: &[Given],
+        given: &[Taken],
         read: &ReadOptions,
         kernel: &'static Kernel,
     ) -> Result<Self> {
@@ -148,7 +150,7 @@ impl Restoring {
 /// Opens the adapters that were given, in the order in which they were merged.
 fn adapters(
     directory: &Directory,
-    given: &[Given],
+    given: &[Taken],
     read: &ReadOptions,
 ) -> Result<(Vec<Found>, Vec<Adapter>)> {
     let mut open = Vec::new();
@@ -199,10 +201,11 @@ fn tensors(directory: &Directory, checkpoint: &Checkpoint) -> Result<Vec<Option<
         let is_same = matches!(entry.how, How::Same(_));
         match tensor {
             None => wrong.push(format!("{}: it is not there", merged.name)),
-            Some(tensor) if !merged.is(tensor.dtype, &tensor.shape) => wrong.push(format!(
-                "{}: {} {:?} instead of {} {:?}",
-                merged.name, tensor.dtype, tensor.shape, merged.dtype, merged.shape
-            )),
+            Some(tensor) if (tensor.dtype, &tensor.shape) != (merged.dtype, &merged.shape) => wrong
+                .push(format!(
+                    "{}: {} {:?} instead of {} {:?}",
+                    merged.name, tensor.dtype, tensor.shape, merged.dtype, merged.shape
+                )),
             Some(tensor) if is_same && tensor.length != size || !tensor.lies_in_file() => {
                 wrong.push(format!("{}: it has {} bytes", merged.name, tensor.length));
             }
@@ -260,7 +263,10 @@ impl Shared {
         *kept = None;
         let coded = self.coded(number)?;
         let damaged = || Error::new(Reason::NotRestored).in_file(self.undo.input.path());
-        let (from, to) = coded.from().zip(coded.merged.float()).ok_or_else(damaged)?;
+        let (from, to) = coded
+            .from()
+            .zip(Float::of(coded.merged.dtype))
+            .ok_or_else(damaged)?;
         let lengths = self.undo.section(coded.lengths)?;
         let (mut rest, mut starts, mut at) = (&*lengths, vec![0], 0u64);
         for _ in 0..coded.blocks() {

@@ -15,7 +15,7 @@ use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
 use crate::ops::merge::pipeline::{self, Pipeline, Settings};
 use crate::ops::merge::{Control, FileReport, kernel};
-use crate::ops::undo::{FileEntry, Given, How, Piece, Restoring, hash_of};
+use crate::ops::undo::{FileEntry, How, Piece, Restoring, hash_of};
 use crate::ops::workers::{threads, workers};
 
 /// A base that can be restored bit for bit.
@@ -49,14 +49,14 @@ pub(super) fn plan(options: &Options) -> Result<Plan> {
 
 /// Opens what the base is restored from.
 pub(crate) fn restoring(options: &Options, kernel: &'static Kernel) -> Result<Restoring> {
-    let given = options.adapters.iter().map(|own| Given {
-        path: own.path.clone(),
-        strength: own.strength,
-        strength_for: own.strength_for.clone(),
-    });
-    let given: Vec<Given> = given.collect();
     let undo = options.undo.as_deref().unwrap_or(Path::new(""));
-    Restoring::open(undo, &options.merged, &given, &options.read, kernel)
+    Restoring::open(
+        undo,
+        &options.merged,
+        &options.adapters,
+        &options.read,
+        kernel,
+    )
 }
 
 /// A file where the base is one and the output is called as it is.

@@ -11,6 +11,7 @@ mod approximate;
 mod exact;
 mod report;
 
+pub use super::undo::Taken;
 pub(crate) use exact::{beside, restoring};
 pub use report::{BoundReport, Report};
 
@@ -37,18 +38,6 @@ pub struct Options {
     pub read: ReadOptions,
     /// Forces one of [`crate::linalg::KERNELS`], for tests.
     pub kernel: Option<String>,
-}
-
-/// An adapter that was merged.
-#[derive(Clone, Debug, Default)]
-pub struct Taken {
-    /// An adapter folder or its file of tensors.
-    pub path: PathBuf,
-    /// The strength at which it was merged. With an undo file it is known, and only compared; otherwise it is 1 if
-    /// absent.
-    pub strength: Option<f64>,
-    /// Other strengths for modules whose path a regular expression finds; the first match counts.
-    pub strength_for: Vec<(String, f64)>,
 }
 
 /// A base that can be restored.
