@@ -148,6 +148,7 @@ reasons! {
         Rename => "cannot move into place",
         Inspect => "cannot look at",
         Lock => "cannot lock",
+        DeviceFailed { device: String, problem: String } => "the device {device} failed: {problem}",
         ReadBack => "what was read back is not what was written",
     }
     Malformed {
@@ -200,6 +201,7 @@ reasons! {
         OutsideStorage { bytes: u64 } => "it does not lie within the {bytes} bytes of its storage",
     }
     Unsupported {
+        NoDevice { device: String, problem: String } => "there is no device `{device}`: {problem}",
         Factorisation { problem: String } => "{problem}",
         Drawing { problem: String } => "it cannot be drawn: {problem}",
         NoDirection { output: usize } => "output {output} is zero, so it has no direction that DoRA could scale",
@@ -279,6 +281,7 @@ reasons! {
         Ambiguous { count: usize } => "{count} parts of the adapter fit several tensors of the base",
     }
     Limit {
+        DeviceMemory { device: String, bytes: usize } => "the device {device} has no room for {bytes} bytes, and they cannot be cut smaller",
         HeaderTooLarge { bytes: u64, limit: u64 } => "the header has {bytes} bytes, the limit is {limit}",
         FileTooLarge { bytes: u64, limit: u64 } => "{bytes} bytes, the limit is {limit}",
         TooDeep { limit: usize } => "nested deeper than {limit} levels",
@@ -460,6 +463,9 @@ impl Reason {
             }
             Reason::SharedEmbedding => {
                 "merge into the safetensors model, which can untie the two, and convert the result"
+            }
+            Reason::DeviceFailed { .. } | Reason::DeviceMemory { .. } => {
+                "nothing was written; `--device cpu` does without the device"
             }
             Reason::SwappedArguments => "exchange --base and --adapter",
             _ => return None,

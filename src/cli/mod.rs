@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use loratool::formats::{Order, ReadOptions};
+use loratool::linalg::dense::named;
+use loratool::linalg::device::Choice;
 use loratool::ops::convert::{Names, targets as written};
 use loratool::tensor::Float;
 use loratool::{Error, Reason};
@@ -124,6 +126,25 @@ struct Workers {
 impl Workers {
     fn count(self) -> Option<usize> {
         self.threads.map(usize::from)
+    }
+}
+
+/// Where products are computed.
+#[derive(Args, Clone, Debug)]
+struct Devices {
+    /// Compute products on a device: cpu, candle-cpu, cuda[:N], metal[:N], or auto for one if it gains by it
+    #[arg(long, value_name = "DEVICE", default_value = loratool::linalg::device::PROCESSOR)]
+    device: String,
+    /// Use at most so much of the memory of the device, such as 8GB [default: most of what is free]
+    #[arg(long, value_name = "SIZE")]
+    device_memory: Option<String>,
+}
+
+impl Devices {
+    /// The device that was asked for; `algebra` factorises beside it.
+    fn choice(&self, algebra: Option<&str>) -> Result<Option<Choice>, Error> {
+        let memory = self.device_memory.as_deref().map(size).transpose()?;
+        Choice::named(&self.device, memory, named(algebra)?)
     }
 }
 

@@ -5,6 +5,7 @@
 //! the tests compare them byte for byte.
 
 pub mod dense;
+pub mod device;
 mod lanes;
 mod panels;
 pub mod random;

@@ -5,6 +5,7 @@ mod budget;
 pub mod check;
 pub mod combine;
 pub mod convert;
+pub mod device;
 pub mod extract;
 pub mod inspect;
 pub mod merge;

@@ -8,6 +8,8 @@ use loratool::linalg::random::Random;
 use loratool::linalg::truncated::{Blocks, Proof, Rank, Settings, Truncation, truncated};
 use ndarray::{Array2, s};
 
+use crate::support::algebras;
+
 struct Matrix(Array2<f64>);
 
 impl Blocks for Matrix {
@@ -162,13 +164,13 @@ fn the_residual_is_within_what_is_proved_of_the_best() {
     for (what, matrix) in matrices() {
         let exact = ALGEBRAS[0].thin_svd(matrix.view()).expect("it converges");
         let square: f64 = matrix.iter().map(|value| value * value).sum();
-        for algebra in ALGEBRAS {
+        for algebra in algebras() {
             for rank in [1, 8, 20] {
                 for tolerance in [Some(0.3), Some(1e-2), Some(1e-3), None] {
                     let what = format!("{what}, {}, rank {rank}, {tolerance:?}", algebra.name());
                     let blocks = Matrix(matrix.clone());
                     let found =
-                        truncated(&blocks, &settings(*algebra, Rank::Fixed(rank), tolerance))
+                        truncated(&blocks, &settings(algebra, Rank::Fixed(rank), tolerance))
                             .unwrap_or_else(|e| panic!("{what}: {e}"));
                     let best: f64 = exact.s.iter().skip(rank).map(|value| value * value).sum();
                     let left = left_over(&matrix, &found);
@@ -408,7 +410,7 @@ fn a_product_is_decomposed_by_its_factors_as_well_as_whole() {
         "zeros",
         Factored(Array2::zeros((7, 2)), Array2::zeros((2, 5))),
     ));
-    for algebra in ALGEBRAS {
+    for algebra in algebras() {
         for (name, pair) in &pairs {
             let whole = pair.0.dot(&pair.1);
             let full = algebra.thin_svd(whole.view()).unwrap();
@@ -430,7 +432,7 @@ fn a_product_is_decomposed_by_its_factors_as_well_as_whole() {
                 },
             ] {
                 let settings = Settings {
-                    algebra: *algebra,
+                    algebra,
                     rank,
                     tolerance: Some(1e-3),
                     exact: false,

@@ -33,7 +33,7 @@ pub static FAER: Faer = Faer;
 pub struct Faer;
 
 impl Algebra for Faer {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "faer"
     }
 }
@@ -45,13 +45,14 @@ impl<T: Real + RealField> Dense<T> for Faer {
         b: ArrayView2<'_, T>,
         c: ArrayViewMut2<'_, T>,
         how: Into,
-    ) {
+    ) -> Result<()> {
         let accumulate = match how {
             Into::Place => Accum::Replace,
             Into::Sum => Accum::Add,
         };
         let (a, b) = (a.into_faer(), b.into_faer());
         matmul(c.into_faer(), accumulate, a, b, T::one(), Par::rayon(0));
+        Ok(())
     }
 
     fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {

@@ -40,7 +40,7 @@ pub static LAPACK: Lapack = Lapack;
 pub struct Lapack;
 
 impl Algebra for Lapack {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "lapack"
     }
 }
@@ -52,12 +52,13 @@ impl<T: Real + Scalar<Real = T> + ndarray_linalg::Lapack> Dense<T> for Lapack {
         b: ArrayView2<'_, T>,
         c: ArrayViewMut2<'_, T>,
         how: Into,
-    ) {
+    ) -> Result<()> {
         let kept = match how {
             Into::Place => T::zero(),
             Into::Sum => T::one(),
         };
         multiply(a, b, c, kept);
+        Ok(())
     }
 
     fn thin_qr(&self, a: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {

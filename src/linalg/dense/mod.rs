@@ -58,13 +58,25 @@ impl Real for f64 {
 /// What factorisations need, for one type of numbers. They refuse numbers that are not finite; products do not.
 pub trait Dense<T: Real>: Sync {
     /// `c = a · b`, or `c += a · b`.
+    ///
+    /// # Errors
+    /// [`crate::Reason::DeviceFailed`] and [`crate::Reason::DeviceMemory`], where a device computes it.
     fn multiply(
         &self,
         a: ArrayView2<'_, T>,
         b: ArrayView2<'_, T>,
         c: ArrayViewMut2<'_, T>,
         how: Into,
-    );
+    ) -> Result<()>;
+
+    /// A copy of a matrix in memory that is nearer to where products are computed; nothing where there is no such
+    /// memory, or no room in it.
+    ///
+    /// # Errors
+    /// [`crate::Reason::DeviceFailed`].
+    fn hold<'a>(&'a self, _matrix: ArrayView2<'_, T>) -> Result<Option<Box<dyn Held<T> + 'a>>> {
+        Ok(None)
+    }
 
     /// `a = q · r` of a matrix with at least as many rows as columns; q has orthonormal columns.
     ///
@@ -91,6 +103,29 @@ pub trait Dense<T: Real>: Sync {
     fn eigenvalues(&self, a: ArrayView2<'_, T>) -> Result<Vec<T>>;
 }
 
+/// A matrix beside the place where products with it are computed.
+pub trait Held<T: Real>: Send + Sync {
+    /// `matrix · x`.
+    ///
+    /// # Errors
+    /// As [`Dense::multiply`].
+    fn before(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>>;
+
+    /// `x · matrix`.
+    ///
+    /// # Errors
+    /// As [`Dense::multiply`].
+    fn after(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>>;
+
+    /// `x · matrix`, and each element of it rounded to the nearest f32: half as much to carry.
+    ///
+    /// # Errors
+    /// As [`Dense::multiply`].
+    fn after_in_single(&self, x: ArrayView2<'_, T>) -> Result<Array2<f32>> {
+        Ok(self.after(x)?.mapv(|value| value.widened() as f32))
+    }
+}
+
 /// What becomes of what a result held before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Into {
@@ -114,7 +149,17 @@ pub struct Svd<T> {
 /// A library of dense linear algebra.
 pub trait Algebra: Dense<f32> + Dense<f64> {
     /// Its name in options and reports.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
+
+    /// Whether its products of f64 are as near to it as those of f32; a device may have none.
+    fn has_doubles(&self) -> bool {
+        true
+    }
+
+    /// Whether its products use the threads of rayon's current pool.
+    fn uses_threads(&self) -> bool {
+        true
+    }
 }
 
 /// Every library that is compiled in; the first is the default.
@@ -123,6 +168,30 @@ pub static ALGEBRAS: &[&dyn Algebra] = &[
     #[cfg(feature = "lapack")]
     &LAPACK,
 ];
+
+/// The library of a name, or the first.
+///
+/// # Errors
+/// [`Reason::BadOption`], with all names that there are.
+pub fn named(name: Option<&str>) -> Result<&'static dyn Algebra> {
+    let Some(name) = name else {
+        return Ok(ALGEBRAS[0]);
+    };
+    let found = ALGEBRAS
+        .iter()
+        .copied()
+        .find(|algebra| algebra.name() == name);
+    found.ok_or_else(|| {
+        let all: Vec<&str> = ALGEBRAS.iter().map(|algebra| algebra.name()).collect();
+        Error::new(Reason::BadOption {
+            text: name.to_owned(),
+            problem: format!(
+                "no such linear algebra in this build; there are {}",
+                all.join(", ")
+            ),
+        })
+    })
+}
 
 /// The decomposition of a matrix by way of its triangle, for decompositions that are made for squares.
 fn by_triangle<T: Real>(
@@ -137,7 +206,7 @@ fn by_triangle<T: Real>(
     let (q, r) = library.thin_qr(a)?;
     let Svd { u: turned, s, v } = svd(r.view())?;
     let mut u = Array2::zeros(q.dim());
-    library.multiply(q.view(), turned.view(), u.view_mut(), Into::Place);
+    library.multiply(q.view(), turned.view(), u.view_mut(), Into::Place)?;
     Ok(Svd { u, s, v })
 }
 

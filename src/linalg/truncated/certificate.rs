@@ -83,7 +83,7 @@ impl Outside<'_> {
             self.coupling.t(),
             small.view_mut(),
             Into::Place,
-        );
+        )?;
         small.diag_mut().mapv_inplace(|value| value + nu - c);
         let values = self.algebra.eigenvalues(small.view())?;
         let negative = values.iter().filter(|value| **value < 0.0).count();

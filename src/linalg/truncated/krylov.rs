@@ -124,7 +124,7 @@ impl<'a, T: Real> Krylov<'a, T> {
             return Ok(());
         }
         for _ in 0..2 {
-            self.remove_basis(&mut block);
+            self.remove_basis(&mut block)?;
             let (q, _) = self.algebra.thin_qr(block.t())?;
             block = q.reversed_axes();
         }
@@ -147,7 +147,7 @@ impl<'a, T: Real> Krylov<'a, T> {
             self.wide,
             self.images.slice(s![old.., ..]),
             self.images.view(),
-        );
+        )?;
         projected.slice_mut(s![old.., ..]).assign(&cross);
         projected
             .slice_mut(s![..old, old..])
@@ -157,15 +157,15 @@ impl<'a, T: Real> Krylov<'a, T> {
     }
 
     /// Makes vectors orthogonal to the basis, once.
-    fn remove_basis(&self, block: &mut Array2<T>) {
+    fn remove_basis(&self, block: &mut Array2<T>) -> Result<()> {
         if self.len() == 0 {
-            return;
+            return Ok(());
         }
         let mut parts = Array2::from_elem((block.nrows(), self.len()), T::zero());
         let (algebra, basis) = (self.algebra, &self.basis);
-        algebra.multiply(block.view(), basis.t(), parts.view_mut(), Into::Place);
+        algebra.multiply(block.view(), basis.t(), parts.view_mut(), Into::Place)?;
         parts.mapv_inplace(|part| T::zero() - part);
-        algebra.multiply(parts.view(), basis.view(), block.view_mut(), Into::Sum);
+        algebra.multiply(parts.view(), basis.view(), block.view_mut(), Into::Sum)
     }
 
     /// Solves the projected problem.
@@ -193,9 +193,9 @@ impl<'a, T: Real> Krylov<'a, T> {
                 .mapv(T::widened);
             let basis = self.basis.slice(s![.., columns]).mapv(T::widened);
             self.wide
-                .multiply(minus.view(), basis.view(), z.view_mut(), Into::Sum);
+                .multiply(minus.view(), basis.view(), z.view_mut(), Into::Sum)?;
             self.wide
-                .multiply(z.view(), z.t(), coupling.view_mut(), Into::Sum);
+                .multiply(z.view(), z.t(), coupling.view_mut(), Into::Sum)?;
         }
         // The root of the small matrix, by its eigenvectors.
         let (values, vectors) = self.wide.eigh(coupling.view())?;
@@ -206,7 +206,7 @@ impl<'a, T: Real> Krylov<'a, T> {
         let own = ritz.vectors.slice(s![last.., ..]);
         let mut coupling = Array2::zeros((self.last, length));
         self.wide
-            .multiply(root.view(), own, coupling.view_mut(), Into::Place);
+            .multiply(root.view(), own, coupling.view_mut(), Into::Place)?;
         let norm = values.first().copied().unwrap_or(0.0).max(0.0).sqrt();
         Ok((coupling, norm))
     }
@@ -214,16 +214,16 @@ impl<'a, T: Real> Krylov<'a, T> {
     /// The Gram matrix A of the smaller side, on the complement of the basis, of vectors in it.
     pub(super) fn outside(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
         let (_, mut applied) = self.matrix.both(x)?;
-        self.remove_basis(&mut applied);
+        self.remove_basis(&mut applied)?;
         Ok(applied)
     }
 
     /// Random vectors of the complement.
-    pub(super) fn random_outside(&self, count: usize, random: &mut Random) -> Array2<T> {
+    pub(super) fn random_outside(&self, count: usize, random: &mut Random) -> Result<Array2<T>> {
         let mut vectors = gaussian(count, self.size(), random);
-        self.remove_basis(&mut vectors);
-        self.remove_basis(&mut vectors);
-        vectors
+        self.remove_basis(&mut vectors)?;
+        self.remove_basis(&mut vectors)?;
+        Ok(vectors)
     }
 
     /// The first singular triplets: vectors of the rows and of the columns of Δ (as rows), and singular values.
@@ -231,10 +231,10 @@ impl<'a, T: Real> Krylov<'a, T> {
         &self,
         ritz: &Ritz,
         rank: usize,
-    ) -> (Array2<f64>, Vec<f64>, Array2<f64>) {
+    ) -> Result<(Array2<f64>, Vec<f64>, Array2<f64>)> {
         let chosen = ritz.vectors.slice(s![.., ..rank]);
-        let near = self.combined(chosen, &self.basis);
-        let mut far = self.combined(chosen, &self.images);
+        let near = self.combined(chosen, &self.basis)?;
+        let mut far = self.combined(chosen, &self.images)?;
         let values: Vec<f64> = far
             .rows_mut()
             .into_iter()
@@ -246,14 +246,14 @@ impl<'a, T: Real> Krylov<'a, T> {
                 norm
             })
             .collect();
-        match self.by_rows {
+        Ok(match self.by_rows {
             true => (near, values, far),
             false => (far, values, near),
-        }
+        })
     }
 
     /// Combinations of vectors, in f64.
-    fn combined(&self, chosen: ArrayView2<'_, f64>, vectors: &Array2<T>) -> Array2<f64> {
+    fn combined(&self, chosen: ArrayView2<'_, f64>, vectors: &Array2<T>) -> Result<Array2<f64>> {
         let mut result = Array2::zeros((chosen.ncols(), vectors.ncols()));
         for first in (0..vectors.ncols()).step_by(STRIP) {
             let strip = s![.., first..(first + STRIP).min(vectors.ncols())];
@@ -263,14 +263,18 @@ impl<'a, T: Real> Krylov<'a, T> {
                 wide.view(),
                 result.slice_mut(strip),
                 Into::Place,
-            );
+            )?;
         }
-        result
+        Ok(result)
     }
 }
 
 /// `a · bᵀ` in f64.
-fn gram<T: Real>(wide: &dyn Dense<f64>, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Array2<f64> {
+fn gram<T: Real>(
+    wide: &dyn Dense<f64>,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+) -> Result<Array2<f64>> {
     let mut result = Array2::zeros((a.nrows(), b.nrows()));
     for first in (0..a.ncols()).step_by(STRIP) {
         let strip = s![.., first..(first + STRIP).min(a.ncols())];
@@ -278,9 +282,9 @@ fn gram<T: Real>(wide: &dyn Dense<f64>, a: ArrayView2<'_, T>, b: ArrayView2<'_, 
             a.slice(strip).mapv(T::widened),
             b.slice(strip).mapv(T::widened),
         );
-        wide.multiply(a.view(), b.t(), result.view_mut(), Into::Sum);
+        wide.multiply(a.view(), b.t(), result.view_mut(), Into::Sum)?;
     }
-    result
+    Ok(result)
 }
 
 fn gaussian<T: Real>(rows: usize, columns: usize, random: &mut Random) -> Array2<T> {

@@ -22,15 +22,15 @@ pub(super) struct Lanczos<T> {
 
 impl<T: Real> Lanczos<T> {
     /// Starts so many runs.
-    pub(super) fn new(krylov: &Krylov<'_, T>, runs: usize, random: &mut Random) -> Self {
-        let mut now = krylov.random_outside(runs, random);
+    pub(super) fn new(krylov: &Krylov<'_, T>, runs: usize, random: &mut Random) -> Result<Self> {
+        let mut now = krylov.random_outside(runs, random)?;
         normalise(&mut now);
-        Lanczos {
+        Ok(Lanczos {
             before: Array2::from_elem(now.dim(), T::zero()),
             now,
             diagonal: Vec::new(),
             beside: Vec::new(),
-        }
+        })
     }
 
     /// One more step of all runs.

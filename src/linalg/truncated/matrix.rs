@@ -9,7 +9,7 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::linalg::dense::{Dense, Into, Real, Svd};
+use crate::linalg::dense::{Dense, Held, Into, Real, Svd};
 
 /// A matrix that is formed when its rows are asked for.
 pub trait Blocks: Sync {
@@ -50,6 +50,8 @@ pub(super) struct Matrix<'a, T> {
     /// The squared Frobenius norm.
     pub(super) square: f64,
     kept: Option<Array2<T>>,
+    /// All of it, by blocks of rows, in the memory of a device, where there is one and it has room.
+    held: Vec<(Range<usize>, Box<dyn Held<T> + 'a>)>,
 }
 
 impl<'a, T: Real> Matrix<'a, T> {
@@ -64,18 +66,30 @@ impl<'a, T: Real> Matrix<'a, T> {
             algebra,
             square: 0.0,
             kept: None,
+            held: Vec::new(),
         };
         let (rows, columns) = (blocks.rows(), blocks.columns());
+        let (mut held, mut has_room) = (Vec::new(), true);
+        let mut hold = |rows: Range<usize>, block: ArrayView2<'_, T>| -> Result<()> {
+            let copy = if has_room { algebra.hold(block)? } else { None };
+            has_room = copy.is_some();
+            held.extend(copy.map(|copy| (rows, copy)));
+            Ok(())
+        };
         if rows * columns * size_of::<T>() <= limit {
             let (kept, square) = matrix.formed(0..rows)?;
+            hold(0..rows, kept.view())?;
             (matrix.kept, matrix.square) = (Some(kept), square);
         } else {
             let mut square = 0.0;
-            matrix.by_blocks(|_, _, own| {
+            matrix.by_blocks(|rows, block, own| {
                 square += own;
-                Ok(())
+                hold(rows, block)
             })?;
             matrix.square = square;
+        }
+        if has_room {
+            matrix.held = held;
         }
         Ok(matrix)
     }
@@ -136,9 +150,16 @@ impl<'a, T: Real> Matrix<'a, T> {
     /// faer is twice as fast where elements of different vectors lie side by side in the result.
     pub(super) fn to_rows(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
         let mut beside = Array2::from_elem((self.rows(), x.nrows()), T::zero());
+        for (rows, block) in &self.held {
+            let rows = s![rows.clone(), ..];
+            beside.slice_mut(rows).assign(&block.before(x.t())?);
+        }
+        if !self.held.is_empty() {
+            return Ok(beside.t().as_standard_layout().into_owned());
+        }
         self.by_blocks(|rows, block, _| {
             let part = beside.slice_mut(s![rows, ..]);
-            self.algebra.multiply(block, x.t(), part, Into::Place);
+            self.algebra.multiply(block, x.t(), part, Into::Place)?;
             Ok(())
         })?;
         Ok(beside.t().as_standard_layout().into_owned())
@@ -146,12 +167,22 @@ impl<'a, T: Real> Matrix<'a, T> {
 
     /// `x · Δ` for vectors of as many elements as there are rows.
     pub(super) fn to_columns(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        let mut blocks = self.held.iter();
+        if let Some((rows, first)) = blocks.next() {
+            let part = |rows: &Range<usize>| x.slice(s![.., rows.clone()]);
+            let mut sum = first.after(part(rows))?;
+            for (rows, block) in blocks {
+                let next = block.after(part(rows))?;
+                sum.zip_mut_with(&next, |sum, term| *sum = *sum + *term);
+            }
+            return Ok(sum);
+        }
         let x = x.t().as_standard_layout().into_owned();
         let mut beside = Array2::from_elem((self.columns(), x.ncols()), T::zero());
         self.by_blocks(|rows, block, _| {
             let part = x.slice(s![rows, ..]);
             self.algebra
-                .multiply(block.t(), part, beside.view_mut(), Into::Sum);
+                .multiply(block.t(), part, beside.view_mut(), Into::Sum)?;
             Ok(())
         })?;
         Ok(beside.t().as_standard_layout().into_owned())
@@ -161,6 +192,20 @@ impl<'a, T: Real> Matrix<'a, T> {
     /// `x · Δ` and `x · Δ · Δᵀ`: a piece of Δ is used for both while it is in the cache, and formed once.
     pub(super) fn both(&self, x: ArrayView2<'_, T>) -> Result<(Array2<T>, Array2<T>)> {
         let tall = self.columns() <= self.rows();
+        if !self.held.is_empty() {
+            return Ok(match tall {
+                true => {
+                    let images = self.to_rows(x)?;
+                    let applied = self.to_columns(images.view())?;
+                    (images, applied)
+                }
+                false => {
+                    let images = self.to_columns(x)?;
+                    let applied = self.to_rows(images.view())?;
+                    (images, applied)
+                }
+            });
+        }
         let (long, short) = match tall {
             true => (self.rows(), self.columns()),
             false => (self.columns(), self.rows()),
@@ -168,22 +213,20 @@ impl<'a, T: Real> Matrix<'a, T> {
         let mut images = Array2::from_elem((long, x.nrows()), T::zero());
         let mut applied = Array2::from_elem((short, x.nrows()), T::zero());
         let step = (CACHED / size_of::<T>() / short.max(1)).max(1);
-        let mut take = |rows: Range<usize>, block: ArrayView2<'_, T>| {
+        let mut take = |rows: Range<usize>, block: ArrayView2<'_, T>| -> Result<()> {
             for (index, piece) in block.axis_chunks_iter(Axis(0), step).enumerate() {
                 let first = rows.start + index * step;
                 let mut image = images.slice_mut(s![first..first + piece.nrows(), ..]);
                 self.algebra
-                    .multiply(piece, x.t(), image.view_mut(), Into::Place);
+                    .multiply(piece, x.t(), image.view_mut(), Into::Place)?;
                 self.algebra
-                    .multiply(piece.t(), image.view(), applied.view_mut(), Into::Sum);
+                    .multiply(piece.t(), image.view(), applied.view_mut(), Into::Sum)?;
             }
+            Ok(())
         };
         match &self.kept {
-            _ if tall => self.by_blocks(|rows, block, _| {
-                take(rows, block);
-                Ok(())
-            })?,
-            Some(kept) => take(0..long, kept.t()),
+            _ if tall => self.by_blocks(|rows, block, _| take(rows, block))?,
+            Some(kept) => take(0..long, kept.t())?,
             // Its columns are not at hand piece by piece.
             None => {
                 let images = self.to_columns(x)?;

@@ -256,7 +256,7 @@ pub fn of_factors(
     let (q, r) = triangle(left)?;
     let (p, t) = triangle(right.reversed_axes())?;
     let mut core = Array2::zeros((r.nrows(), t.nrows()));
-    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place);
+    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place)?;
     finite(core.iter().map(|value| value * value).sum())?;
     (settings.check)()?;
     let Svd { u, s: values, v } = algebra.thin_svd(core.view())?;
@@ -270,15 +270,15 @@ pub fn of_factors(
             None => vectors.to_owned(),
             Some(q) => {
                 let mut whole = Array2::zeros((q.nrows(), rank));
-                algebra.multiply(q.view(), vectors, whole.view_mut(), Into::Place);
+                algebra.multiply(q.view(), vectors, whole.view_mut(), Into::Place)?;
                 whole
             }
         };
-        whole.t().as_standard_layout().into_owned()
+        Ok(whole.t().as_standard_layout().into_owned())
     };
     Ok(Truncation {
-        left: turned(q, u),
-        right: turned(p, v),
+        left: turned(q, u)?,
+        right: turned(p, v)?,
         values: values[..rank].to_vec(),
         spectrum: values,
         square,
@@ -314,7 +314,7 @@ pub fn product_square(
     let (_, r) = triangle(left, settings)?;
     let (_, t) = triangle(right.reversed_axes(), settings)?;
     let mut core = Array2::zeros((r.nrows(), t.nrows()));
-    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place);
+    algebra.multiply(r.view(), t.t(), core.view_mut(), Into::Place)?;
     Ok(core.iter().map(|value| value * value).sum())
 }
 
@@ -427,7 +427,7 @@ impl<T: Real> Search<'_, T> {
             if ritz.values.len() < rank + 4 && !full {
                 continue;
             }
-            let found = |search: &Self, proof| Ok(search.taken(&ritz, rank, reached, proof));
+            let found = |search: &Self, proof| search.taken(&ritz, rank, reached, proof);
             if residual <= self.square * self.side as f64 * 4.0 * T::ROUNDOFF {
                 return found(self, Proof::Rounding);
             }
@@ -451,7 +451,7 @@ impl<T: Real> Search<'_, T> {
         }
     }
 
-    fn taken(&self, ritz: &Ritz, rank: usize, reached: bool, proof: Proof) -> Approximated {
+    fn taken(&self, ritz: &Ritz, rank: usize, reached: bool, proof: Proof) -> Result<Approximated> {
         // Directions of zeros say nothing.
         let floor = ritz.values.first().copied().unwrap_or(0.0) * T::ROUNDOFF * T::ROUNDOFF;
         let some = ritz
@@ -459,8 +459,8 @@ impl<T: Real> Search<'_, T> {
             .iter()
             .take(rank)
             .take_while(|value| **value > floor);
-        let (left, values, right) = self.krylov.triplets(ritz, some.count());
-        Approximated::Found(Box::new(Truncation {
+        let (left, values, right) = self.krylov.triplets(ritz, some.count())?;
+        Ok(Approximated::Found(Box::new(Truncation {
             left,
             right,
             values,
@@ -468,7 +468,7 @@ impl<T: Real> Search<'_, T> {
             square: self.square,
             reached,
             proof,
-        }))
+        })))
     }
 
     /// The excess that can be proved, where it is small enough (or there will be no better one).
@@ -550,7 +550,7 @@ impl<T: Real> Search<'_, T> {
             .find(close)
             .unwrap_or(certificate::ENOUGH);
         let whole = self.krylov.without_basis();
-        let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random);
+        let mut lanczos = Lanczos::new(&whole, certificate::RUNS, &mut self.random)?;
         for _ in 0..steps {
             lanczos.step(&whole)?;
         }
@@ -569,7 +569,7 @@ impl<T: Real> Search<'_, T> {
         }
         self.tries += 1;
         let failure = certificate::failure(self.tries);
-        let mut lanczos = Lanczos::new(&self.krylov, certificate::RUNS, &mut self.random);
+        let mut lanczos = Lanczos::new(&self.krylov, certificate::RUNS, &mut self.random)?;
         let mut steps = 0;
         for goal in certificate::STEPS {
             while steps < *goal {

@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use super::merge::Control;
 use super::outgoing::{Base, Outgoing, expected_shape, format};
-use super::workers::{algebra, workers};
+use super::workers::workers;
 use crate::adapter::Method;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Loss, customary};
-use crate::linalg::dense::Algebra;
+use crate::linalg::dense::{self, Algebra};
 use crate::mapped::Input;
 use crate::methods::METHODS;
 use crate::notice::Notice;
@@ -187,7 +187,7 @@ const MEMORY: usize = 512 << 20;
 pub fn plan(options: &Options) -> Result<Plan> {
     checked(options)?;
     let method = named(options.method.as_deref())?;
-    let algebra = algebra(options.algebra.as_deref())?;
+    let algebra = dense::named(options.algebra.as_deref())?;
     let rank_for = options.rank_for.iter();
     let rank_for = rank_for.map(|(pattern, rank)| Ok((Pattern::search(pattern)?, *rank)));
     let rank_for: Vec<_> = rank_for.collect::<Result<_>>()?;

@@ -209,8 +209,8 @@ fn apart(
     let y = beside(0, [&right, &(&right - rounded_right)]);
     let algebra: &dyn Dense<f64> = algebra;
     let mut sides = [x.ncols(), x.ncols()].map(|size| Array2::zeros((size, size)));
-    algebra.multiply(x.t(), x.view(), sides[0].view_mut(), Into::Place);
-    algebra.multiply(y.view(), y.t(), sides[1].view_mut(), Into::Place);
+    algebra.multiply(x.t(), x.view(), sides[0].view_mut(), Into::Place)?;
+    algebra.multiply(y.view(), y.t(), sides[1].view_mut(), Into::Place)?;
     let products = sides[0].iter().zip(&sides[1]).map(|(a, b)| a * b);
     Ok(products.sum::<f64>().max(0.0))
 }

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use super::convert;
 use super::merge::Control;
-use super::workers::{algebra, workers};
+use super::workers::workers;
 use crate::error::{Error, Kind, Reason, Result};
+use crate::linalg::dense;
 use crate::pattern::Choice;
 
 mod measure;
@@ -88,7 +89,7 @@ pub struct Plan {
 pub fn plan(options: &Options, control: &Control<'_>) -> Result<Plan> {
     let start = Instant::now();
     checked(options)?;
-    let algebra = algebra(options.algebra.as_deref())?;
+    let algebra = dense::named(options.algebra.as_deref())?;
     let conversion = convert::in_own_format(&options.conversion)?;
     let choice = Choice::new(&conversion.only, &conversion.skip)?;
     // An output that cannot be written is told before the arithmetic.
