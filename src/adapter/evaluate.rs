@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use super::candidates::Chains;
+use super::certified;
 use super::method::{Update, Workspace};
 use super::preimage::Term;
 use crate::error::Result;
@@ -52,6 +54,8 @@ pub struct Sums {
     pub first: Option<(usize, usize)>,
     /// Elements that are NaN or infinite in the base.
     pub base_not_finite: u64,
+    /// Elements that candidates left to the definition.
+    pub recomputed: u64,
 }
 
 impl Sums {
@@ -62,6 +66,7 @@ impl Sums {
         self.not_finite += next.not_finite;
         self.first = self.first.or(next.first);
         self.base_not_finite += next.base_not_finite;
+        self.recomputed += next.recomputed;
     }
 }
 
@@ -71,6 +76,18 @@ pub struct Scratch {
     base: Vec<f64>,
     value: Vec<f64>,
     workspace: Workspace,
+    certified: certified::Memory,
+}
+
+/// By what values are made.
+#[derive(Clone, Copy)]
+pub enum Means<'a> {
+    /// The updates.
+    Updates,
+    /// What they add to the block, known already.
+    Terms(&'a [Term]),
+    /// Candidates for the chains of the updates, where there are any of an update.
+    Candidates(&'a [Option<Chains>]),
 }
 
 impl Recipe {
@@ -124,8 +141,8 @@ impl Recipe {
         Ok(Some(terms))
     }
 
-    /// Evaluates the rows `rows`: `source` holds them, `result` takes them. `terms` are theirs, where they are known
-    /// already.
+    /// Evaluates the rows `rows`: `source` holds them, `result` takes them. The bytes are the same by any means; the
+    /// sums are those of the values that the means give.
     ///
     /// # Errors
     /// What reading the parameters gives.
@@ -133,7 +150,7 @@ impl Recipe {
         &self,
         rows: Range<usize>,
         source: Elements<'_>,
-        terms: Option<&[Term]>,
+        means: Means<'_>,
         result: &mut [u8],
         scratch: &mut Scratch,
         kernel: &Kernel,
@@ -143,19 +160,32 @@ impl Recipe {
             base,
             value,
             workspace,
+            certified,
         } = scratch;
         base.resize(count, 0.0);
         kernel.widen(source.float, source.bytes, base);
         value.clear();
         value.extend_from_slice(base);
-        for term in terms.unwrap_or_default() {
-            kernel.accumulate(term.c, &term.chains, &mut value[term.elements.clone()]);
-        }
-        if terms.is_none() {
+        let mut sums = Sums::default();
+        let settled = match means {
+            Means::Updates => false,
+            Means::Terms(terms) => {
+                for term in terms {
+                    kernel.accumulate(term.c, &term.chains, &mut value[term.elements.clone()]);
+                }
+                true
+            }
+            Means::Candidates(chains) => {
+                let open = self.settle(&rows, chains, base, value, certified, kernel)?;
+                sums.recomputed = open.unwrap_or(count as u64);
+                open.is_some()
+            }
+        };
+        if !settled {
+            value.copy_from_slice(base);
             self.change(&rows, base, value, workspace, kernel)?;
         }
         kernel.narrow(self.to, value, result);
-        let mut sums = Sums::default();
         let limit = overflow(self.to);
         for (index, row) in rows.enumerate() {
             let range = index * self.columns..(index + 1) * self.columns;
@@ -275,7 +305,10 @@ impl Recipe {
 }
 
 /// The rows that a block and a step share: counted from the step's first row, and from the block's.
-fn overlap(block: &Range<usize>, step: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+pub(super) fn overlap(
+    block: &Range<usize>,
+    step: &Range<usize>,
+) -> Option<(Range<usize>, Range<usize>)> {
     let start = block.start.max(step.start);
     let end = block.end.min(step.end);
     (start < end).then(|| {

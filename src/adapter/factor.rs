@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use ndarray::{Array2, ShapeBuilder};
 
+use super::candidates::{Candidates, Precision};
 use crate::error::Result;
 use crate::linalg::{Kernel, LANES, Panels};
 use crate::tensor::{Float, Tensor, widen};
@@ -189,17 +190,37 @@ impl Product {
         Ok(())
     }
 
-    /// Whether `c` times the chain of one element is not exactly zero.
+    /// The chain of one element.
     ///
     /// # Errors
     /// Those of [`Factor::block`].
-    pub fn touches(&self, row: usize, column: usize) -> Result<bool> {
-        let left = self.left.block(row..row + 1, 0..self.left.columns())?;
-        let right = self.right.block(0..self.right.rows(), column..column + 1)?;
-        let chain = left
-            .iter()
-            .zip(&right)
-            .fold(0.0, |acc: f64, (b, a)| b.mul_add(*a, acc));
-        Ok(chain != 0.0 && self.c != 0.0)
+    pub fn chain(&self, row: usize, column: usize) -> Result<f64> {
+        let rank = self.right.rows();
+        let left = self.left.block(row..row + 1, 0..rank)?;
+        let link = |acc: f64, (b, a): (&f64, f64)| b.mul_add(a, acc);
+        if let Some(panels) = &self.packed {
+            let right = (0..rank).map(|k| panels.get(k, column));
+            return Ok(left.iter().zip(right).fold(0.0, link));
+        }
+        let right = self.right.block(0..rank, column..column + 1)?;
+        Ok(left.iter().zip(right).fold(0.0, link))
+    }
+
+    /// What gives candidates for the chains; see [`super::method::Update::candidates`].
+    ///
+    /// # Errors
+    /// Those of [`Factor::block`].
+    pub fn candidates(&self, to: Float, has_doubles: bool) -> Result<Option<Candidates<'_>>> {
+        let precision = match (has_doubles, to) {
+            // No bound of a candidate settles the last digit of f64.
+            (_, Float::F64) => return Ok(None),
+            (true, Float::F32) => Precision::Doubles,
+            (true, Float::BF16 | Float::F16) => Precision::DoublesToSingles,
+            // Nearly every element would be left for the definition.
+            (false, Float::F32) => return Ok(None),
+            (false, Float::BF16 | Float::F16) if !self.exact_products => return Ok(None),
+            (false, Float::BF16 | Float::F16) => Precision::Singles,
+        };
+        Candidates::of_product(&self.left, &self.right, precision).map(Some)
     }
 }

@@ -6,12 +6,13 @@ use std::ops::Range;
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
+use super::candidates::Candidates;
 use super::fit::{Change, Fitted};
 use super::module::{Module, Role};
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::linalg::truncated::Truncation;
-use crate::tensor::Tensor;
+use crate::tensor::{Float, Tensor};
 
 /// The mathematics of one kind of adapter. The shelf `methods` implements it, one file each.
 pub trait Method: Sync + Debug {
@@ -309,8 +310,11 @@ pub trait Update: Send + Sync {
     ///
     /// # Errors
     /// What reading the parameters gives.
-    fn touches(&self, _row: usize, _column: usize) -> Result<bool> {
-        Ok(false)
+    fn touches(&self, row: usize, column: usize) -> Result<bool> {
+        match self.multiplier() {
+            Some(c) => Ok(c != 0.0 && self.chain(row, column)? != 0.0),
+            None => Ok(false),
+        }
     }
 
     /// `c`, where all that it does to an element is `value = fma(c, chain, value)`: then what was added can be taken
@@ -325,6 +329,23 @@ pub trait Update: Send + Sync {
     /// What reading the parameters gives.
     fn chains(&self, _rows: Range<usize>, _chains: &mut [f64], _kernel: &Kernel) -> Result<()> {
         Ok(())
+    }
+
+    /// The chain of one element, where it has a multiplier.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn chain(&self, _row: usize, _column: usize) -> Result<f64> {
+        Ok(0.0)
+    }
+
+    /// What gives candidates for its chains on a library of linear algebra that has products of f64, or has not; `to`
+    /// is the type of the result. Nothing where it has no bound for them, or the bound would settle nothing.
+    ///
+    /// # Errors
+    /// What reading the parameters gives.
+    fn candidates(&self, _to: Float, _has_doubles: bool) -> Result<Option<Candidates<'_>>> {
+        Ok(None)
     }
 }
 

@@ -8,6 +8,8 @@ use crate::notice::Notice;
 use crate::tensor::Tensor;
 
 pub mod bound;
+pub mod candidates;
+mod certified;
 pub mod delta;
 pub mod evaluate;
 pub mod factor;

@@ -3,11 +3,11 @@
 use clap::{ArgMatches, Args};
 use loratool::Error;
 use loratool::checkpoint::Variant;
-use loratool::ops::merge::{Control, Options, Report, plan};
+use loratool::ops::merge::{Control, MergeDevice, Options, Report, plan};
 
 use super::adapters::Adapters;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Common, Outcome, Path, Type, Workers, kernel, size};
+use super::{Common, Devices, Outcome, Path, Type, Workers, kernel, size};
 
 /// Write adapters into a base, so that serving the result costs nothing extra.
 ///
@@ -66,6 +66,8 @@ pub(super) struct Merging {
     dry_run: bool,
     #[command(flatten)]
     workers: Workers,
+    #[command(flatten)]
+    devices: Devices,
     /// Leave out what has no place in the base
     #[arg(long)]
     allow_unmatched: bool,
@@ -116,6 +118,7 @@ impl Merging {
             allow_unmatched: self.allow_unmatched,
             allow_nonfinite: self.allow_nonfinite,
             read: self.common.reading()?,
+            device: self.devices.choice(None)?,
             kernel: kernel(),
             ..Options::default()
         })
@@ -215,6 +218,9 @@ fn print(report: &Report) {
         );
         fields.add("undo", text);
     }
+    if let Some(device) = &report.device {
+        add_device(&mut fields, device);
+    }
     fields.add("disk", bytes(report.disk));
     if report.dry_run {
         fields.add("memory", format!("about {}", bytes(report.memory)));
@@ -229,6 +235,24 @@ fn print(report: &Report) {
         );
     }
     fields.print();
+}
+
+fn add_device(fields: &mut Fields, device: &MergeDevice) {
+    let chosen = &device.chosen;
+    fields.add("device", format!("{} ({})", chosen.device, chosen.reason));
+    let Some(work) = &device.work else { return };
+    if work.tensors > 0 {
+        let text = format!(
+            "{} tensors on it, {} of {} values by the definition",
+            work.tensors,
+            grouped(work.recomputed),
+            grouped(work.elements)
+        );
+        fields.add("", text);
+    }
+    for (reason, tensors) in &work.processor {
+        fields.add("", format!("{tensors} tensors without it: {reason}"));
+    }
 }
 
 fn add_modules(fields: &mut Fields, report: &Report) {

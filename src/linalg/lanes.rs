@@ -24,7 +24,29 @@ pub struct Kernel {
     narrow: unsafe fn(Float, &[f64], &mut [u8]),
     survey: unsafe fn(&[f64], &[f64], f64) -> Survey,
     accumulate: unsafe fn(f64, &[f64], &mut [f64]),
+    accumulate_bounded: unsafe fn(f64, &[f64], &ChainBound<'_>, &mut [f64], &mut [f64]),
+    interval: unsafe fn(&[f64], &mut [f64], &mut [f64]) -> bool,
 }
+
+/// How far the chains of a row may be from those of the definition: chain `j` by
+/// `row · columns[j] + relative · |chain[j]| + floor`.
+#[derive(Clone, Copy, Debug)]
+pub struct ChainBound<'a> {
+    /// The share of the row.
+    pub row: f64,
+    /// The shares of the columns.
+    pub columns: &'a [f64],
+    /// By the magnitude of the chain itself.
+    pub relative: f64,
+    /// At any rate.
+    pub floor: f64,
+}
+
+/// Four roundings of f64: twice what the steps below need at most.
+const ROUNDINGS: f64 = 4.0 / (1u64 << 53) as f64;
+
+/// More than all roundings of a bound itself make of it.
+const INFLATION: f64 = 1.0 + 1.0 / (1u64 << 30) as f64;
 
 /// What one pass over a row of base and value tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -173,6 +195,39 @@ impl Kernel {
     }
 }
 
+impl Kernel {
+    /// `value[i] += c · chain[i]` with two roundings, and `bound[i]` grows by how far that may be from
+    /// `fma(c, chain, value)` with the definition's chain and a value that was within the bound before.
+    ///
+    /// Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, §2.2: each operation is off by at most the
+    /// unit roundoff times the magnitude of its result.
+    pub fn accumulate_bounded(
+        &self,
+        c: f64,
+        chain: &[f64],
+        of_chain: &ChainBound<'_>,
+        value: &mut [f64],
+        bound: &mut [f64],
+    ) {
+        assert!((self.available)());
+        assert_eq!(chain.len(), value.len());
+        assert_eq!(chain.len(), bound.len());
+        assert_eq!(chain.len(), of_chain.columns.len());
+        // SAFETY: `available` was asked.
+        unsafe { (self.accumulate_bounded)(c, chain, of_chain, value, bound) }
+    }
+
+    /// The ends of intervals that hold the definition's values and are never empty: `low = value − bound`, and `bound`
+    /// becomes `value + bound`. Whether all bounds are finite.
+    pub fn interval(&self, value: &[f64], bound: &mut [f64], low: &mut [f64]) -> bool {
+        assert!((self.available)());
+        assert_eq!(value.len(), bound.len());
+        assert_eq!(value.len(), low.len());
+        // SAFETY: `available` was asked.
+        unsafe { (self.interval)(value, bound, low) }
+    }
+}
+
 /// A magnitude as an integer, NaN above everything.
 fn magnitude(value: f64) -> i64 {
     (value.to_bits() & !(1 << 63)) as i64
@@ -235,6 +290,37 @@ fn accumulate(c: f64, chain: &[f64], value: &mut [f64]) {
     for (value, chain) in value.iter_mut().zip(chain) {
         *value = c.mul_add(*chain, *value);
     }
+}
+
+#[inline(always)]
+fn accumulate_bounded(
+    c: f64,
+    chain: &[f64],
+    of_chain: &ChainBound<'_>,
+    value: &mut [f64],
+    bound: &mut [f64],
+) {
+    let (row, floor) = (c.abs() * of_chain.row, c.abs() * of_chain.floor);
+    let relative = of_chain.relative + ROUNDINGS;
+    let elements = value.iter_mut().zip(bound);
+    for ((value, bound), (chain, column)) in elements.zip(chain.iter().zip(of_chain.columns)) {
+        let term = c * chain;
+        *value += term;
+        *bound += row * column + floor + relative * term.abs() + ROUNDINGS * value.abs();
+    }
+}
+
+#[inline(always)]
+fn interval(value: &[f64], bound: &mut [f64], low: &mut [f64]) -> bool {
+    let mut finite = true;
+    for ((value, bound), low) in value.iter().zip(bound).zip(low) {
+        // Never nothing: a value of zero lies between a negative and a positive end, whose bits differ.
+        let error = *bound * INFLATION + f64::MIN_POSITIVE;
+        finite &= error < f64::INFINITY;
+        *low = value - error;
+        *bound = value + error;
+    }
+    finite
 }
 
 /// One link of a chain: `a · b + acc`, rounded once.
@@ -312,6 +398,8 @@ const PORTABLE: Kernel = Kernel {
     narrow: tensor::narrow,
     survey,
     accumulate,
+    accumulate_bounded,
+    interval,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -321,7 +409,7 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Kernel, LANES, LowRank, Pass, Survey};
+    use super::{ChainBound, Kernel, LANES, LowRank, Pass, Survey};
     use crate::tensor::{self, Float};
 
     pub(super) const AVX2: Kernel = Kernel {
@@ -332,6 +420,8 @@ mod x86 {
         narrow: narrow_avx2,
         survey: survey_avx2,
         accumulate: accumulate_avx2,
+        accumulate_bounded: accumulate_bounded_avx2,
+        interval: interval_avx2,
     };
 
     pub(super) const AVX512: Kernel = Kernel {
@@ -348,6 +438,8 @@ mod x86 {
         narrow: narrow_avx512,
         survey: survey_avx512,
         accumulate: accumulate_avx512,
+        accumulate_bounded: accumulate_bounded_avx512,
+        interval: interval_avx512,
     };
 
     #[target_feature(enable = "avx2,fma")]
@@ -365,9 +457,41 @@ mod x86 {
         super::accumulate(c, chain, value);
     }
 
+    #[target_feature(enable = "avx2,fma")]
+    fn accumulate_bounded_avx2(
+        c: f64,
+        chain: &[f64],
+        of_chain: &ChainBound<'_>,
+        value: &mut [f64],
+        bound: &mut [f64],
+    ) {
+        super::accumulate_bounded(c, chain, of_chain, value, bound);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn interval_avx2(value: &[f64], bound: &mut [f64], low: &mut [f64]) -> bool {
+        super::interval(value, bound, low)
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
     fn accumulate_avx512(c: f64, chain: &[f64], value: &mut [f64]) {
         super::accumulate(c, chain, value);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn accumulate_bounded_avx512(
+        c: f64,
+        chain: &[f64],
+        of_chain: &ChainBound<'_>,
+        value: &mut [f64],
+        bound: &mut [f64],
+    ) {
+        super::accumulate_bounded(c, chain, of_chain, value, bound);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn interval_avx512(value: &[f64], bound: &mut [f64], low: &mut [f64]) -> bool {
+        super::interval(value, bound, low)
     }
 
     #[target_feature(enable = "avx2,fma")]

@@ -11,5 +11,5 @@ mod panels;
 pub mod random;
 pub mod truncated;
 
-pub use lanes::{KERNELS, Kernel, Survey};
+pub use lanes::{ChainBound, KERNELS, Kernel, Survey};
 pub use panels::{LANES, Panels};

@@ -35,6 +35,12 @@ impl Panels {
         }
     }
 
+    /// One element.
+    pub fn get(&self, row: usize, column: usize) -> f64 {
+        let panel = column / LANES * self.rank * LANES;
+        self.values[panel + row * LANES + column % LANES]
+    }
+
     /// Rows, the length of a chain.
     pub fn rank(&self) -> usize {
         self.rank

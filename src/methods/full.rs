@@ -214,9 +214,9 @@ impl Update for Add {
         Ok(())
     }
 
-    fn touches(&self, row: usize, column: usize) -> Result<bool> {
+    fn chain(&self, row: usize, column: usize) -> Result<f64> {
         let difference = self.difference.block(row..row + 1, column..column + 1)?;
-        Ok(self.strength != 0.0 && difference[(0, 0)] != 0.0)
+        Ok(difference[(0, 0)])
     }
 
     fn multiplier(&self) -> Option<f64> {

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayView2};
 
 use super::full::{Add, weighted};
+use crate::adapter::candidates::Candidates;
 use crate::adapter::factor::{Factor, Product};
 use crate::adapter::fit::{Change, Fitted};
 use crate::adapter::{
@@ -808,8 +809,12 @@ impl Update for Sum {
         self.0.add(rows, value, kernel)
     }
 
-    fn touches(&self, row: usize, column: usize) -> Result<bool> {
-        self.0.touches(row, column)
+    fn chain(&self, row: usize, column: usize) -> Result<f64> {
+        self.0.chain(row, column)
+    }
+
+    fn candidates(&self, to: Float, has_doubles: bool) -> Result<Option<Candidates<'_>>> {
+        self.0.candidates(to, has_doubles)
     }
 
     fn multiplier(&self) -> Option<f64> {

@@ -280,12 +280,12 @@ fn every_kernel_widens_every_pattern_exactly() {
 }
 
 /// A base and an adapter that reach every rule: each tensor has a type of base, a type of factors, a rank.
-struct Scene {
-    folder: tempfile::TempDir,
-    expected: Vec<(String, Stored)>,
+pub(crate) struct Scene {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) expected: Vec<(String, Stored)>,
 }
 
-fn scene() -> Scene {
+pub(crate) fn scene() -> Scene {
     let folder = tempfile::tempdir().unwrap();
     let mut random = Random(21);
     let (mut base, mut adapter, mut expected) = (Vec::new(), Vec::new(), Vec::new());

@@ -25,6 +25,7 @@ mod convert_names;
 mod convert_values;
 mod definition;
 mod dense;
+mod devices;
 mod extract;
 mod extract_refusals;
 mod families;

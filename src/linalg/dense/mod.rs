@@ -126,6 +126,45 @@ pub trait Held<T: Real>: Send + Sync {
     }
 }
 
+/// A matrix beside the place where products with it are computed: held there, or here where that cannot be.
+///
+/// # Errors
+/// As [`Dense::hold`].
+pub fn held<'a, T: Real>(
+    library: &'a dyn Dense<T>,
+    matrix: ArrayView2<'a, T>,
+) -> Result<Box<dyn Held<T> + 'a>> {
+    Ok(match library.hold(matrix)? {
+        Some(held) => held,
+        None => Box::new(Here { library, matrix }),
+    })
+}
+
+/// A matrix in the memory of the processor.
+struct Here<'a, T: Real> {
+    library: &'a dyn Dense<T>,
+    matrix: ArrayView2<'a, T>,
+}
+
+impl<T: Real> Here<'_, T> {
+    fn product(&self, a: ArrayView2<'_, T>, b: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        let mut product = Array2::from_elem((a.nrows(), b.ncols()), T::zero());
+        self.library
+            .multiply(a, b, product.view_mut(), Into::Place)?;
+        Ok(product)
+    }
+}
+
+impl<T: Real> Held<T> for Here<'_, T> {
+    fn before(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        self.product(self.matrix.view(), x)
+    }
+
+    fn after(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>> {
+        self.product(x, self.matrix.view())
+    }
+}
+
 /// What becomes of what a result held before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Into {
@@ -147,7 +186,7 @@ pub struct Svd<T> {
 }
 
 /// A library of dense linear algebra.
-pub trait Algebra: Dense<f32> + Dense<f64> {
+pub trait Algebra: Dense<f32> + Dense<f64> + Send {
     /// Its name in options and reports.
     fn name(&self) -> &str;
 

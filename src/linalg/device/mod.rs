@@ -83,6 +83,10 @@ pub const PROCESSOR: &str = "cpu";
 pub const AUTO: &str = "auto";
 
 /// How a device is opened.
+#[cfg_attr(
+    not(feature = "candle"),
+    expect(dead_code, reason = "nothing opens in such a build")
+)]
 struct Opening<'a> {
     /// As it was named.
     name: &'a str,

@@ -8,6 +8,7 @@ use crate::checkpoint::Variant;
 use crate::checkpoint::sink::Faults;
 use crate::error::{Error, Reason, Result};
 use crate::formats::ReadOptions;
+use crate::linalg::device::Choice;
 use crate::notice::Notice;
 use crate::tensor::Float;
 
@@ -29,7 +30,7 @@ pub(crate) use plan::{
     OpenBase, Opened, holds_an_adapter, kernel, look, open_adapters, plan_inverse, plan_onto,
 };
 pub use plan::{Plan, PlannedModule, PlannedTensor};
-pub use report::{AdapterReport, Change, FileReport, ModuleReport, Report};
+pub use report::{AdapterReport, Change, FileReport, MergeDevice, ModuleReport, Report};
 
 /// What to merge into what, and what to accept.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +63,8 @@ pub struct Options {
     pub allow_nonfinite: bool,
     /// How adapters are read.
     pub read: ReadOptions,
+    /// Where products are computed; by the processor's own kernels if absent. The bytes are the same.
+    pub device: Option<Choice>,
     /// Forces one of [`crate::linalg::KERNELS`], for tests.
     pub kernel: Option<String>,
 }

@@ -8,8 +8,10 @@ use super::plan::{Plan, PlannedModule, PlannedTensor};
 use crate::adapter::evaluate::Sums;
 use crate::adapter::{Facts, Orientation, Part, Scale};
 use crate::checkpoint::config::Edit;
+use crate::linalg::device;
 use crate::naming::path;
 use crate::notice::Notice;
+use crate::ops::device::{DeviceReport, Tally};
 
 /// A merge, told.
 #[derive(Clone, Debug, Serialize)]
@@ -57,11 +59,25 @@ pub struct Report {
     pub threads: usize,
     /// The arithmetic kernel.
     pub kernel: String,
+    /// The device, where one was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<MergeDevice>,
     /// How long it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
     /// What is odd.
     pub notices: Vec<Notice>,
+}
+
+/// The device of a merge, and what it did.
+#[derive(Clone, Debug, Serialize)]
+pub struct MergeDevice {
+    /// Which, and why.
+    #[serde(flatten)]
+    pub chosen: DeviceReport,
+    /// What it did; after a run only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub work: Option<Tally>,
 }
 
 /// What takes a result back to its base.
@@ -211,6 +227,10 @@ impl Report {
             disk: plan.disk_needed(),
             threads,
             kernel: plan.kernel.name.to_owned(),
+            device: plan.options.device.as_ref().map(|choice| MergeDevice {
+                chosen: DeviceReport::of(choice),
+                work: None,
+            }),
             undo: None,
             seconds: None,
             notices: plan.notices.clone(),
@@ -289,5 +309,9 @@ fn memory(plan: &Plan, threads: usize) -> u64 {
         .filter_map(|tensor| Some(tensor.memory.as_ref()?.len() as u64))
         .sum();
     let blocks = threads as u64 * 4 * 8 * widest.max(super::pipeline::BLOCK as u64);
-    gathered + factors + blocks + 4 * (super::pipeline::CHUNK as u64 + widest * 8)
+    // Chains that lanes of a device compute, have waiting, and that are rounded.
+    let chains = plan.options.device.as_ref().map_or(0, |_| {
+        (2 * device::LANES as u64 + 1) * 2 * super::pipeline::CHUNK as u64
+    });
+    gathered + factors + blocks + chains + 4 * (super::pipeline::CHUNK as u64 + widest * 8)
 }

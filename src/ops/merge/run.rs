@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::Control;
 use super::layout::File;
-use super::pipeline::{self, Pipeline, Settings, Watching};
+use super::pipeline::{self, Aside, Pipeline, Settings, Watching};
 use super::plan::{Plan, PlannedModule, PlannedTensor};
 use super::record::Recorder;
 use super::report::{Report, UndoReport};
@@ -16,6 +16,7 @@ use crate::checkpoint::config;
 use crate::checkpoint::sink::{Shape, Sink};
 use crate::containers::TensorFile;
 use crate::error::{Error, Reason, Result};
+use crate::ops::device::Tally;
 use crate::ops::workers::{threads, workers};
 use crate::tensor::Tensor;
 
@@ -67,6 +68,11 @@ impl Plan {
             done: 0,
             sums: Vec::new(),
             bounds: is_inverse.then(Vec::new),
+            aside: self.options.device.as_ref().map(|choice| Aside {
+                choice,
+                pool: &pool,
+            }),
+            tally: None,
         };
         let written = pool.install(|| run.files(&sink))?;
         run.companions(&sink)?;
@@ -91,6 +97,9 @@ impl Plan {
         report.not_finite = run.sums.iter().map(|(_, sums)| sums.not_finite).sum();
         report.notices.extend(base_notices(&run.sums));
         report.set_changes(&run.sums);
+        if let Some(device) = &mut report.device {
+            device.work = run.tally;
+        }
         report.undo = undo;
         report.seconds = Some(start.elapsed().as_secs_f64());
         Ok((report, run.bounds.unwrap_or_default()))
@@ -160,6 +169,9 @@ struct Run<'a> {
     sums: Vec<(String, Sums)>,
     /// Of tensors that an inverse changed, where that is what happens.
     bounds: Option<Vec<(String, Bound)>>,
+    aside: Option<Aside<'a>>,
+    /// What a device did, where one was asked for.
+    tally: Option<Tally>,
 }
 
 impl Run<'_> {
@@ -171,17 +183,19 @@ impl Run<'_> {
             allow_nonfinite: self.plan.options.allow_nonfinite,
             base: &self.plan.base.path,
             total: self.total,
+            aside: self.aside,
         };
-        let (done, written) = pipeline::run(settings, |pipeline| {
+        let ((done, tally), written) = pipeline::run(settings, |pipeline| {
             for file in &self.plan.files {
                 pipeline.begin(sink.create(&file.name)?)?;
                 pipeline.bytes(file.header.bytes.clone())?;
                 self.tensors(file, pipeline)?;
                 pipeline.end()?;
             }
-            Ok(pipeline.done())
+            Ok((pipeline.done(), pipeline.tally().clone()))
         })?;
         self.done = done;
+        self.tally = self.aside.map(|_| tally);
         Ok(written)
     }
 

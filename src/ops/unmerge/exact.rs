@@ -200,6 +200,7 @@ impl Plan {
             allow_nonfinite: false,
             base: &self.options.merged,
             total: self.disk(),
+            aside: None,
         };
         workers(self.options.threads)?.install(|| {
             pipeline::run(settings, |pipeline| {

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::source::Source;
 use crate::adapter::bound::{self, Bound, measure};
-use crate::adapter::evaluate::{Elements, Recipe, Scratch, Sums};
+use crate::adapter::candidates::Chains;
+use crate::adapter::evaluate::{Elements, Means, Recipe, Scratch, Sums};
 use crate::adapter::preimage::{Merge, is_told_apart};
 use crate::error::Result;
 use crate::linalg::Kernel;
@@ -42,10 +43,12 @@ pub(super) struct Done {
 }
 
 impl Block<'_> {
-    /// Evaluates some rows. `base` takes the rows of the base, where it has room.
+    /// Evaluates some rows, for which a device may have given candidates. `base` takes the rows of the base, where it has
+    /// room.
     pub(super) fn evaluate(
         &self,
         rows: Range<usize>,
+        candidates: Option<&[Option<Chains>]>,
         base: &mut [u8],
         result: &mut [u8],
     ) -> Result<Done> {
@@ -87,9 +90,13 @@ impl Block<'_> {
                 }
                 let bytes = if is_whole { &*base } else { &**bytes };
                 let elements = Elements { float, bytes };
-                let terms = terms.as_deref();
+                let means = match (&terms, candidates) {
+                    (Some(terms), _) => Means::Terms(terms),
+                    (None, Some(chains)) => Means::Candidates(chains),
+                    (None, None) => Means::Updates,
+                };
                 let own = rows.clone();
-                sums.add(&recipe.evaluate(own, elements, terms, result, scratch, kernel)?);
+                sums.add(&recipe.evaluate(own, elements, means, result, scratch, kernel)?);
                 if measures {
                     let memory = (&mut *scratch, &mut *bounds);
                     bound.add(&measure(recipe, rows, elements, result, memory, kernel)?);

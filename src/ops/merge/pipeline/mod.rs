@@ -13,22 +13,27 @@ use rayon::prelude::*;
 use super::Control;
 use super::plan::PlannedTensor;
 use crate::adapter::bound::Bound;
+use crate::adapter::candidates::Chains;
 use crate::adapter::evaluate::{Recipe, Step, Sums};
 use crate::checkpoint::sink::OutputFile;
 use crate::error::{Error, Reason, Result};
 use crate::linalg::Kernel;
 use crate::mapped::Input;
+use crate::ops::device::Tally;
 use crate::ops::undo;
 use crate::tensor::{Parts, Tensor};
 
+mod ahead;
 mod block;
 mod source;
 mod watch;
 
+use ahead::{Ahead, Work};
 use block::{Block, Done};
 use source::{Source, float};
 use watch::Watch;
 
+pub(crate) use ahead::Aside;
 pub(crate) use watch::Record;
 
 /// Bytes of output that are computed before they are handed to the writer.
@@ -65,12 +70,15 @@ pub(crate) struct Settings<'a> {
     pub(crate) base: &'a Path,
     /// Bytes that will be written.
     pub(crate) total: u64,
+    /// Where products may be computed beside the processor.
+    pub(crate) aside: Option<Aside<'a>>,
 }
 
 /// The computing side of the channel to the writer.
 pub(crate) struct Pipeline<'a> {
     settings: Settings<'a>,
     done: u64,
+    tally: Tally,
     /// Neighbours in a file that stay neighbours are copied in one go.
     pending: Option<(Arc<Input>, Range<u64>)>,
     messages: SyncSender<Message>,
@@ -109,6 +117,7 @@ pub(crate) fn run<T>(
         let mut pipeline = Pipeline {
             settings,
             done: 0,
+            tally: Tally::default(),
             pending: None,
             messages,
             buffers,
@@ -198,6 +207,11 @@ impl Pipeline<'_> {
         self.done
     }
 
+    /// What a device did so far.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
     /// Appends a tensor as it is, whose bytes are made in parts; they are compared with their hash.
     ///
     /// # Errors
@@ -233,8 +247,7 @@ impl Pipeline<'_> {
         let Settings {
             control,
             kernel,
-            allow_nonfinite,
-            base,
+            aside,
             ..
         } = self.settings;
         let source = Source::of(tensor)?;
@@ -258,16 +271,62 @@ impl Pipeline<'_> {
             writes_undo: undo.is_some(),
             measures,
         };
-        let (row_bytes, base_bytes) = (columns * to.size(), columns * source.float.size());
-        let chunk_rows = (CHUNK / row_bytes.max(1)).max(1).next_multiple_of(height);
+        let chunk_rows = (CHUNK / (columns * to.size()).max(1)).max(1);
+        let chunk_rows = chunk_rows.next_multiple_of(height);
+        let firsts = (0..rows).step_by(chunk_rows);
+        let chunks: Vec<_> = firsts
+            .map(|first| first..(first + chunk_rows).min(rows))
+            .collect();
+        let work = aside.filter(|_| !recipe.steps.is_empty());
+        let work = work.map(|aside| Work::of(aside, &recipe, rows, undo.is_some()));
+        let work = work.transpose()?;
+        let (sums, bound) = std::thread::scope(|scope| {
+            let work = work.as_ref().and_then(|work| work.as_ref().ok());
+            let ahead = work.map(|work| work.start(scope, &recipe, &chunks));
+            let watching = (watch.as_mut(), undo.as_deref_mut());
+            self.chunks(&block, &chunks, height, ahead.as_ref(), watching)
+        })?;
+        if let Some(work) = &work {
+            let elements = (rows * columns) as u64;
+            let on = work.as_ref().map(|_| elements).map_err(|reason| *reason);
+            self.tally.count(on, sums.recomputed);
+        }
+        let record = watch.map(|watch| watch.finish(&tensor.source, undo, columns, height));
+        Ok(Evaluated {
+            sums,
+            record: record.transpose()?.flatten(),
+            bound,
+        })
+    }
+
+    /// Evaluates a tensor chunk by chunk, and hands them to the writer.
+    fn chunks(
+        &mut self,
+        block: &Block<'_>,
+        chunks: &[Range<usize>],
+        height: usize,
+        ahead: Option<&Ahead<'_>>,
+        (mut watch, mut undo): (Option<&mut Watch>, Option<&mut undo::Writer>),
+    ) -> Result<(Sums, Bound)> {
+        let Settings {
+            control,
+            allow_nonfinite,
+            base,
+            ..
+        } = self.settings;
+        let columns = block.recipe.columns;
+        let row_bytes = columns * block.recipe.to.size();
+        let base_bytes = columns * block.source.float.size();
         let (mut total, mut bound) = (Sums::default(), Bound::default());
         let mut bases = Vec::new();
-        for first in (0..rows).step_by(chunk_rows) {
-            let count = chunk_rows.min(rows - first);
-            let mut buffer = self.buffer(count * row_bytes);
-            let watched = if watch.is_some() { count } else { 0 };
+        for (number, rows) in chunks.iter().enumerate() {
+            let mut buffer = self.buffer(rows.len() * row_bytes);
+            let watched = if watch.is_some() { rows.len() } else { 0 };
             bases.resize(watched * base_bytes, 0);
-            let blocks = chunk(&block, first, height, &mut buffer, &mut bases)?;
+            let candidates = ahead.map(|ahead| ahead.next(number)).transpose()?;
+            let candidates = candidates.as_deref();
+            let results = (&mut buffer[..], &mut bases[..]);
+            let blocks = chunk(block, rows.start, height, candidates, results)?;
             for done in &blocks {
                 total.add(&done.sums);
                 bound.add(&done.bound);
@@ -289,6 +348,7 @@ impl Pipeline<'_> {
             self.advance(length)?;
         }
         if total.not_finite > 0 && !allow_nonfinite {
+            let tensor = block.source.tensor;
             let (row, column) = total.first.unwrap_or_default();
             let reason = Reason::ValuesNotFinite {
                 count: total.not_finite,
@@ -296,12 +356,7 @@ impl Pipeline<'_> {
             };
             return Err(Error::new(reason).in_file(base).on(&*tensor.name));
         }
-        let record = watch.map(|watch| watch.finish(&tensor.source, undo, columns, height));
-        Ok(Evaluated {
-            sums: total,
-            record: record.transpose()?.flatten(),
-            bound,
-        })
+        Ok((total, bound))
     }
 }
 
@@ -310,8 +365,8 @@ fn chunk(
     block: &Block<'_>,
     first: usize,
     height: usize,
-    buffer: &mut [u8],
-    bases: &mut [u8],
+    candidates: Option<&[Option<Chains>]>,
+    (buffer, bases): (&mut [u8], &mut [u8]),
 ) -> Result<Vec<Done>> {
     let (columns, to) = (block.recipe.columns, block.recipe.to);
     let (row_bytes, base_bytes) = (columns * to.size(), columns * block.source.float.size());
@@ -322,7 +377,8 @@ fn chunk(
     blocks
         .map(|(index, (result, base))| {
             let start = first + index * height;
-            block.evaluate(start..start + result.len() / row_bytes, base, result)
+            let rows = start..start + result.len() / row_bytes;
+            block.evaluate(rows, candidates, base, result)
         })
         .collect()
 }

@@ -1,0 +1,563 @@
+//! Merges whose products something else computes: the bytes are those of the processor's own kernels.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use loratool::linalg::dense::{ALGEBRAS, Algebra, Dense, Into, Real, Svd};
+use loratool::linalg::device::{Choice, Device, LANES};
+use loratool::ops::merge::{Control, MergeDevice, Options, Report, plan};
+use loratool::tensor::Float;
+use loratool::{Error, Reason, Result};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use safetensors::Dtype;
+use serde_json::json;
+
+use crate::goldens::cases;
+use crate::hostile_support::{Room, tree};
+use crate::kernels::scene;
+use crate::oracle::Stored;
+use crate::support::{Random, algebras, fixture, merge, options, write_adapter, write_base};
+
+/// A library whose products another makes, and that a test may twist.
+struct Twisted {
+    inner: &'static dyn Algebra,
+    has_doubles: bool,
+    /// Moves every element by nearly as much as the bound of its error allows, up or down.
+    noise: bool,
+    /// Products that are made before all others fail.
+    lasts: AtomicUsize,
+}
+
+impl Twisted {
+    fn of(inner: &'static dyn Algebra) -> Self {
+        Twisted {
+            inner,
+            has_doubles: true,
+            noise: false,
+            lasts: AtomicUsize::new(usize::MAX),
+        }
+    }
+
+    /// A device of such lanes.
+    fn device(name: &str, lane: impl Fn() -> Twisted) -> Device {
+        let boxed = |_| -> Box<dyn Algebra> { Box::new(lane()) };
+        Device::new(name, (0..LANES).map(boxed).collect())
+    }
+}
+
+impl Algebra for Twisted {
+    fn name(&self) -> &str {
+        "twisted"
+    }
+
+    fn has_doubles(&self) -> bool {
+        self.has_doubles
+    }
+
+    fn uses_threads(&self) -> bool {
+        self.inner.uses_threads()
+    }
+}
+
+/// Products by the library inside, twisted; everything else is its own.
+macro_rules! dense {
+    ($($type:ty),*) => { $(
+        impl Dense<$type> for Twisted {
+            fn multiply(
+                &self,
+                a: ArrayView2<'_, $type>,
+                b: ArrayView2<'_, $type>,
+                mut c: ArrayViewMut2<'_, $type>,
+                how: Into,
+            ) -> Result<()> {
+                if self.lasts.fetch_sub(1, Ordering::Relaxed) == 0 {
+                    let (device, problem) = ("twisted".to_owned(), "it was unplugged".to_owned());
+                    return Err(Error::new(Reason::DeviceFailed { device, problem }));
+                }
+                let inner: &dyn Dense<$type> = self.inner;
+                inner.multiply(a, b, c.view_mut(), how)?;
+                if self.noise {
+                    add_noise(a, b, c);
+                }
+                Ok(())
+            }
+
+            fn thin_qr(&self, a: ArrayView2<'_, $type>) -> Result<(Array2<$type>, Array2<$type>)> {
+                self.inner.thin_qr(a)
+            }
+
+            fn thin_svd(&self, a: ArrayView2<'_, $type>) -> Result<Svd<$type>> {
+                self.inner.thin_svd(a)
+            }
+
+            fn eigh(&self, a: ArrayView2<'_, $type>) -> Result<(Vec<$type>, Array2<$type>)> {
+                self.inner.eigh(a)
+            }
+
+            fn eigenvalues(&self, a: ArrayView2<'_, $type>) -> Result<Vec<$type>> {
+                self.inner.eigenvalues(a)
+            }
+        }
+    )* };
+}
+
+dense!(f32, f64);
+
+/// Nine tenths of what products and sums of this length may be off, with either sign.
+fn add_noise<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>) {
+    let norm = |line: ndarray::ArrayView1<'_, T>| {
+        let squares = line.iter().map(|value| value.widened().powi(2));
+        squares.sum::<f64>().sqrt()
+    };
+    let (rows, columns): (Vec<f64>, Vec<f64>) = (
+        a.rows().into_iter().map(norm).collect(),
+        b.columns().into_iter().map(norm).collect(),
+    );
+    let mut random = Random(7);
+    // The inner product's own error, and the rounding of what is added here, need room in a short chain.
+    let share = (0.9 * a.ncols() as f64 - 1.0).max(0.0) * T::ROUNDOFF / 2.0;
+    for ((row, column), value) in c.indexed_iter_mut() {
+        let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
+        let noise = sign * share * rows[row] * columns[column];
+        *value = T::rounded(value.widened() + noise);
+    }
+}
+
+/// Every device that needs no hardware: each library as it is, noisy, and as if it had no f64.
+fn devices() -> Vec<Device> {
+    let mut devices = Vec::new();
+    for inner in algebras() {
+        for has_doubles in [true, false] {
+            for noise in [false, true] {
+                let name = format!("{}, f64: {has_doubles}, noise: {noise}", inner.name());
+                devices.push(Twisted::device(&name, || Twisted {
+                    has_doubles,
+                    noise,
+                    ..Twisted::of(inner)
+                }));
+            }
+        }
+    }
+    if cfg!(feature = "candle") {
+        let open = |memory| Device::open("candle-cpu", memory, ALGEBRAS[0]).unwrap();
+        devices.extend([open(None), open(Some(128 << 10))]);
+    }
+    devices
+}
+
+/// Runs with a device.
+fn on(device: &Device, options: &Options) -> Result<Report> {
+    merge(&Options {
+        device: Some(Choice::of(device.clone())),
+        ..options.clone()
+    })
+}
+
+fn of(report: &Report) -> &MergeDevice {
+    report.device.as_ref().expect("a device was asked for")
+}
+
+/// Everything at a path.
+fn bytes(path: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    tree(path).into_iter().collect()
+}
+
+/// Merges with every device, and compares with the processor; how many tensors each had at least.
+fn same_everywhere(options: &Options, devices: &[Device]) -> usize {
+    let expected = merge(options).map(|_| bytes(&options.output));
+    let options = Options {
+        force: true,
+        ..options.clone()
+    };
+    let mut least = usize::MAX;
+    for device in devices {
+        match (on(device, &options), &expected) {
+            (Ok(report), Ok(expected)) => {
+                let what = format!("{device:?}: {}", options.adapters[0].path.display());
+                assert!(bytes(&options.output) == *expected, "{what}");
+                least = least.min(of(&report).work.as_ref().unwrap().tensors);
+            }
+            (Err(error), Err(expected)) => {
+                assert_eq!(error.to_string(), expected.to_string(), "{device:?}");
+                least = 0;
+            }
+            (found, expected) => panic!("{device:?}: {found:?}, expected {expected:?}"),
+        }
+    }
+    least
+}
+
+#[test]
+fn every_golden_of_peft_has_the_same_bytes_on_every_device() {
+    let (room, devices) = (Room::new(), devices());
+    let mut on_device = 0;
+    for case in cases() {
+        let adapter = case.folder.join("adapter");
+        let mut options = options(&case.base, &adapter, &room.path("merged"));
+        options.force = true;
+        for (strength, dtype) in [
+            (1.0, None),
+            (-0.7, Some(Float::BF16)),
+            (1.5, Some(Float::F16)),
+            (0.3, Some(Float::F32)),
+        ] {
+            options.adapters[0].strength = strength;
+            options.dtype = dtype;
+            on_device += same_everywhere(&options, &devices);
+        }
+    }
+    assert!(on_device > 200, "{on_device}");
+}
+
+#[test]
+fn every_golden_of_other_tools_has_the_same_bytes_on_every_device() {
+    let (room, devices) = (Room::new(), devices());
+    let mut pairs: Vec<(PathBuf, PathBuf)> = Vec::new();
+    for folder in std::fs::read_dir(fixture("lycoris")).unwrap() {
+        let folder = folder.unwrap().path();
+        pairs.push((
+            folder.join("base.safetensors"),
+            folder.join("adapter.safetensors"),
+        ));
+    }
+    for adapter in ["comfy_native", "diffusers_new", "kohya", "kohya_sgm"] {
+        let folder = fixture("lycoris/unet_full");
+        pairs.push((
+            folder.join("unet.safetensors"),
+            folder.join(adapter).with_extension("safetensors"),
+        ));
+    }
+    pairs.push((fixture("gguf/base.gguf"), fixture("gguf/adapter.gguf")));
+    pairs.retain(|(base, adapter)| base.exists() && adapter.exists());
+    assert!(pairs.len() >= 15, "{pairs:?}");
+    let mut on_device = 0;
+    for (base, adapter) in pairs {
+        let output = match base
+            .extension()
+            .is_some_and(|extension| extension == "gguf")
+        {
+            true => "merged.gguf",
+            false => "merged.safetensors",
+        };
+        let mut options = options(&base, &adapter, &room.path(output));
+        options.force = true;
+        for dtype in [None, Some(Float::BF16), Some(Float::F16)] {
+            options.dtype = dtype;
+            on_device += same_everywhere(&options, &devices);
+        }
+    }
+    assert!(on_device > 60, "{on_device}");
+}
+
+#[test]
+fn values_on_and_beside_ties_and_every_rule_have_the_same_bytes_on_every_device() {
+    let scene = scene();
+    let folder = scene.folder.path();
+    let mut options = options(
+        &folder.join("base"),
+        &folder.join("adapter"),
+        &folder.join("out"),
+    );
+    options.adapters[0].strength = 0.7;
+    options.allow_nonfinite = true;
+    for dtype in [None, Some(Float::F32), Some(Float::BF16), Some(Float::F16)] {
+        options.dtype = dtype;
+        options.force = true;
+        same_everywhere(&options, &devices());
+    }
+    // Where they do not fit, the same element is the first, and as many are counted.
+    options.allow_nonfinite = false;
+    options.dtype = Some(Float::F16);
+    same_everywhere(&options, &devices());
+}
+
+/// A model of one weight and an adapter of a rank on it; the change is so much of the weight.
+fn one_layer(room: &Room, dtype: Dtype, [rows, columns, rank]: [usize; 3], change: f64) -> Options {
+    let mut random = Random(rank as u64);
+    let mut floats = |count: usize, scale: f64| -> Vec<f64> {
+        let values = (0..count).map(|_| random.float() * scale * 3f64.sqrt());
+        values.collect()
+    };
+    let weight = Stored::of(dtype, &[rows, columns], &floats(rows * columns, 0.02));
+    let scale = (change * 0.02 / (rank as f64).sqrt()).sqrt();
+    let up = Stored::of(Dtype::F32, &[rows, rank], &floats(rows * rank, scale));
+    let down = Stored::of(Dtype::F32, &[rank, columns], &floats(rank * columns, scale));
+    write_base(&room.path("base"), None, &[("m.weight", weight)]);
+    write_adapter(
+        &room.path("adapter"),
+        &json!({"peft_type": "LORA", "r": rank, "lora_alpha": rank}),
+        &[
+            ("base_model.model.m.lora_A.weight", down),
+            ("base_model.model.m.lora_B.weight", up),
+        ],
+    );
+    let mut options = options(&room.path("base"), &room.path("adapter"), &room.path("out"));
+    options.force = true;
+    options
+}
+
+#[test]
+fn few_elements_are_left_to_the_definition_and_they_are_counted() {
+    let room = Room::new();
+    for rank in [1, 16, 64, 255, 257] {
+        for (dtype, of_doubles, of_singles) in [
+            // f32 keeps 24 digits, and candidates come in f64.
+            (Dtype::F32, 1e-4, None),
+            (Dtype::BF16, 2e-4, Some(2e-2)),
+            (Dtype::F16, 2e-3, Some(1e-1)),
+        ] {
+            let options = one_layer(&room, dtype, [160, 500, rank], 0.1);
+            for device in devices() {
+                same_everywhere(&options, std::slice::from_ref(&device));
+                let report = on(&device, &options).unwrap();
+                let work = of(&report).work.clone().unwrap();
+                let limit = match device.algebra().has_doubles() {
+                    true => Some(of_doubles),
+                    false => of_singles,
+                };
+                let Some(limit) = limit else {
+                    assert_eq!((work.tensors, work.elements), (0, 0));
+                    assert_eq!(work.processor.len(), 1, "{work:?}");
+                    continue;
+                };
+                assert_eq!((work.tensors, work.elements), (1, 160 * 500), "{work:?}");
+                let share = work.recomputed as f64 / work.elements as f64;
+                println!("{dtype}, rank {rank}, {device:?}: {share:e}");
+                assert!(
+                    share <= limit,
+                    "{dtype}, rank {rank}, {device:?}: {share:e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn where_every_value_is_a_tie_every_element_is_left_to_the_definition() {
+    let room = Room::new();
+    let size = 24;
+    let mut random = Random(5);
+    let (mut weights, mut deltas) = (Vec::new(), Vec::new());
+    for _ in 0..size * size {
+        // Eight digits of bf16, and half a unit of the last.
+        let weight = 1.0 + random.below(127) as f64 / 128.0;
+        weights.push(weight);
+        deltas.push(1.0 / 256.0);
+    }
+    let identity = |index: usize| f64::from(u8::from(index % (size + 1) == 0));
+    let identity: Vec<f64> = (0..size * size).map(identity).collect();
+    write_base(
+        &room.path("base"),
+        None,
+        &[("m.weight", Stored::of(Dtype::BF16, &[size, size], &weights))],
+    );
+    write_adapter(
+        &room.path("adapter"),
+        &json!({"peft_type": "LORA", "r": size, "lora_alpha": size}),
+        &[
+            (
+                "base_model.model.m.lora_A.weight",
+                Stored::of(Dtype::F32, &[size, size], &deltas),
+            ),
+            (
+                "base_model.model.m.lora_B.weight",
+                Stored::of(Dtype::F32, &[size, size], &identity),
+            ),
+        ],
+    );
+    let mut options = options(&room.path("base"), &room.path("adapter"), &room.path("out"));
+    options.force = true;
+    for device in devices() {
+        same_everywhere(&options, std::slice::from_ref(&device));
+        let report = on(&device, &options).unwrap();
+        let work = of(&report).work.clone().unwrap();
+        assert_eq!(work.recomputed, (size * size) as u64, "{device:?}");
+    }
+}
+
+#[test]
+fn several_chunks_have_the_same_bytes_with_any_number_of_threads() {
+    let room = Room::new();
+    // Some chunks of eight megabytes for each lane, the last of them short.
+    let options = one_layer(&room, Dtype::F32, [9001, 1009, 3], 0.05);
+    merge(&options).unwrap();
+    let expected = bytes(&options.output);
+    for device in devices() {
+        for threads in [1, 2, 3] {
+            let options = Options {
+                threads: Some(threads),
+                ..options.clone()
+            };
+            on(&device, &options).unwrap();
+            assert!(bytes(&options.output) == expected, "{device:?}, {threads}");
+        }
+    }
+}
+
+#[test]
+fn a_device_that_fails_in_mid_run_leaves_the_old_output_as_it_was() {
+    let room = Room::new();
+    let options = one_layer(&room, Dtype::F32, [9001, 1009, 3], 0.05);
+    merge(&options).unwrap();
+    let (before, names) = (bytes(&options.output), room.names());
+    for inner in algebras() {
+        for lasts in [0, 1] {
+            for threads in [1, 3] {
+                let device = Twisted::device("twisted", || Twisted {
+                    lasts: AtomicUsize::new(lasts),
+                    ..Twisted::of(inner)
+                });
+                let options = Options {
+                    threads: Some(threads),
+                    ..options.clone()
+                };
+                let error = on(&device, &options).unwrap_err();
+                assert!(
+                    matches!(error.reason(), Reason::DeviceFailed { .. }),
+                    "{error:?}"
+                );
+                assert!(error.hint().unwrap().contains("--device cpu"));
+                assert!(bytes(&options.output) == before);
+                assert_eq!(room.names(), names);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_that_is_cancelled_ends_with_a_device_too() {
+    let room = Room::new();
+    let options = one_layer(&room, Dtype::F32, [9001, 1009, 3], 0.05);
+    for device in devices() {
+        for threads in [1, 3] {
+            let options = Options {
+                threads: Some(threads),
+                device: Some(Choice::of(device.clone())),
+                ..options.clone()
+            };
+            let control = Control::default();
+            let cancel = control.cancel.clone();
+            let stop = move |_, _| cancel.store(true, Ordering::Relaxed);
+            let control = Control {
+                progress: Some(&stop),
+                ..control
+            };
+            let error = plan(&options).unwrap().run(&control).unwrap_err();
+            assert!(matches!(error.reason(), Reason::Stopped), "{error:?}");
+            assert!(!options.output.exists());
+        }
+    }
+}
+
+#[test]
+fn what_a_device_does_not_do_is_left_to_the_processor_and_said() {
+    let room = Room::new();
+    let device = Twisted::device("twisted", || Twisted::of(ALGEBRAS[0]));
+    let reasons = |options: &Options| -> Vec<(String, usize)> {
+        let report = on(&device, options).unwrap();
+        let work = of(&report).work.clone().unwrap();
+        let reasons = work.processor.into_iter();
+        reasons
+            .map(|(reason, count)| (reason.to_owned(), count))
+            .collect()
+    };
+    let simple = one_layer(&room, Dtype::BF16, [20, 30, 4], 0.1);
+    assert_eq!(reasons(&simple), []);
+    let with_undo = Options {
+        undo: Some(room.path("side.undo")),
+        ..simple.clone()
+    };
+    assert!(reasons(&with_undo)[0].0.contains("undo file"));
+    let wide = one_layer(&room, Dtype::F64, [20, 30, 4], 0.1);
+    assert!(reasons(&wide)[0].0.contains("last digit of f64"));
+    for case in cases() {
+        let mut options = options(&case.base, &case.folder.join("adapter"), &room.path("o"));
+        options.force = true;
+        let told = reasons(&options);
+        let is = |word: &str| told.iter().any(|(reason, _)| reason.contains(word));
+        match case.name.as_str() {
+            "lora_dora" | "ia3" => assert!(is("no bound"), "{}: {told:?}", case.name),
+            "lora_all_linear" => assert_eq!(told, []),
+            _ => {}
+        }
+    }
+    // What gains nothing is left out where that is asked for.
+    let automatic = Options {
+        device: Some(Choice {
+            only_if_faster: true,
+            ..Choice::of(device.clone())
+        }),
+        ..one_layer(&room, Dtype::BF16, [20, 30, 4], 0.1)
+    };
+    let report = merge(&automatic).unwrap();
+    let work = of(&report).work.clone().unwrap();
+    assert_eq!(work.tensors, 0);
+    assert!(
+        work.processor
+            .keys()
+            .all(|reason| reason.contains("to gain"))
+    );
+    let large = Options {
+        threads: Some(1),
+        device: automatic.device,
+        ..one_layer(&room, Dtype::BF16, [1024, 1024, 64], 0.1)
+    };
+    let report = merge(&large).unwrap();
+    assert_eq!(of(&report).work.clone().unwrap().tensors, 1);
+}
+
+#[test]
+fn a_plan_names_the_device_and_a_report_without_one_has_no_such_field() {
+    let room = Room::new();
+    let options = one_layer(&room, Dtype::BF16, [20, 30, 4], 0.1);
+    let report = serde_json::to_value(merge(&options).unwrap()).unwrap();
+    assert!(report.get("device").is_none());
+    let device = Twisted::device("twisted", || Twisted::of(ALGEBRAS[0]));
+    let options = Options {
+        device: Some(Choice::of(device)),
+        ..options
+    };
+    let planned = serde_json::to_value(plan(&options).unwrap().report()).unwrap();
+    assert_eq!(
+        planned["device"],
+        json!({"device": "twisted", "reason": "asked for"})
+    );
+    let report = serde_json::to_value(merge(&options).unwrap()).unwrap();
+    assert_eq!(report["device"]["work"]["elements"], 600);
+}
+
+/// The device of a name, where the machine has it; a failure where `LORATOOL_REQUIRE_GPU` asks for one.
+fn gpu(name: &str) -> Option<Device> {
+    match Device::open(name, None, ALGEBRAS[0]) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            let required = std::env::var("LORATOOL_REQUIRE_GPU").is_ok_and(|value| value == "1");
+            assert!(!required, "a GPU is required: {error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_gpu_gives_the_same_bytes_where_there_is_one() {
+    let name = if cfg!(feature = "metal") {
+        "metal"
+    } else {
+        "cuda"
+    };
+    let Some(device) = gpu(name) else { return };
+    let room = Room::new();
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        for rank in [16, 64, 256] {
+            let options = one_layer(&room, dtype, [4096, 4096, rank], 0.01);
+            same_everywhere(&options, std::slice::from_ref(&device));
+        }
+    }
+    for case in cases() {
+        let mut options = options(&case.base, &case.folder.join("adapter"), &room.path("o"));
+        options.force = true;
+        same_everywhere(&options, std::slice::from_ref(&device));
+    }
+}
