@@ -8,8 +8,9 @@ use loratool::linalg::dense::{ALGEBRAS, Algebra, Dense, Into, Real, Svd};
 use loratool::linalg::device::{Choice, Device, LANES};
 use loratool::ops::merge::{Control, MergeDevice, Options, Report, plan};
 use loratool::tensor::Float;
-use loratool::{Error, Reason, Result};
+use loratool::{Error, Kind, Reason, Result};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::json;
 
@@ -18,6 +19,7 @@ use crate::hostile_support::{Room, tree};
 use crate::kernels::scene;
 use crate::oracle::Stored;
 use crate::support::{Random, algebras, fixture, merge, options, write_adapter, write_base};
+use crate::undo::{elements, few};
 
 /// A library whose products another makes, and that a test may twist.
 struct Twisted {
@@ -25,6 +27,8 @@ struct Twisted {
     has_doubles: bool,
     /// Moves every element by nearly as much as the bound of its error allows, up or down.
     noise: bool,
+    /// Rounds factors to eleven digits first, as TF32 does.
+    short: bool,
     /// Products that are made before all others fail.
     lasts: AtomicUsize,
 }
@@ -35,6 +39,7 @@ impl Twisted {
             inner,
             has_doubles: true,
             noise: false,
+            short: false,
             lasts: AtomicUsize::new(usize::MAX),
         }
     }
@@ -76,6 +81,13 @@ macro_rules! dense {
                     return Err(Error::new(Reason::DeviceFailed { device, problem }));
                 }
                 let inner: &dyn Dense<$type> = self.inner;
+                if self.short {
+                    let digits = |value: $type| {
+                        let unit = 2f64.powi(value.widened().abs().log2().floor() as i32 - 10);
+                        <$type>::rounded((value.widened() / unit).round() * unit)
+                    };
+                    return inner.multiply(a.mapv(digits).view(), b.mapv(digits).view(), c, how);
+                }
                 inner.multiply(a, b, c.view_mut(), how)?;
                 if self.noise {
                     add_noise(a, b, c);
@@ -122,6 +134,11 @@ fn add_noise<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayVi
         let noise = sign * share * rows[row] * columns[column];
         *value = T::rounded(value.widened() + noise);
     }
+}
+
+/// A device that is the first library of this build.
+pub(crate) fn plain() -> Device {
+    Twisted::device("plain", || Twisted::of(ALGEBRAS[0]))
 }
 
 /// Every device that needs no hardware: each library as it is, noisy, and as if it had no f64.
@@ -525,6 +542,75 @@ fn a_plan_names_the_device_and_a_report_without_one_has_no_such_field() {
     );
     let report = serde_json::to_value(merge(&options).unwrap()).unwrap();
     assert_eq!(report["device"]["work"]["elements"], 600);
+}
+
+proptest! {
+    #![proptest_config(few(48))]
+
+    #[test]
+    fn bases_of_any_bits_and_changes_of_any_size_have_the_same_bytes_on_every_device(
+        seeds in prop::collection::vec((any::<u64>(), any::<i16>()), 12 * 20),
+        (from, factors, to) in (0..4usize, 1..4usize, 0..4usize),
+        (up, down) in (-160i32..130, -160i32..130),
+        rank in 1..70usize,
+        (strength, seed) in (-2.0f64..2.0, any::<u64>()),
+    ) {
+        const FLOATS: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::BF16, Dtype::F16];
+        let room = Room::new();
+        let mut random = Random(seed);
+        let mut factor = |shape: &[usize], exponent: i32| {
+            // Some are zero, and the sizes within one matrix differ as well.
+            let mut value = || match random.below(8) {
+                0 => 0.0,
+                some => random.float() * 2f64.powi(exponent.min(100) - 3 * some as i32),
+            };
+            let dtype = FLOATS[factors];
+            let limit = crate::oracle::value(dtype, crate::oracle::infinity(dtype) - 1);
+            let values = (0..shape.iter().product()).map(|_| value().clamp(-limit, limit));
+            Stored::of(dtype, shape, &values.collect::<Vec<f64>>())
+        };
+        let adapter = [
+            ("base_model.model.m.lora_A.weight", factor(&[rank, 20], down)),
+            ("base_model.model.m.lora_B.weight", factor(&[12, rank], up)),
+        ];
+        let weight = Stored::of_bits(FLOATS[from], &[12, 20], &elements(FLOATS[from], &seeds));
+        write_base(&room.path("base"), None, &[("m.weight", weight)]);
+        let config = json!({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank});
+        write_adapter(&room.path("adapter"), &config, &adapter);
+        let mut options = options(&room.path("base"), &room.path("adapter"), &room.path("out"));
+        options.adapters[0].strength = strength;
+        options.allow_nonfinite = true;
+        options.dtype = FLOATS.get(to).and_then(|to| Float::of(*to)).filter(|to| *to != Float::F64);
+        same_everywhere(&options, &devices());
+    }
+}
+
+#[test]
+fn a_device_that_rounds_its_inputs_is_refused_when_it_is_opened() {
+    for inner in algebras() {
+        let honest = [false, true].map(|noise| Twisted {
+            noise,
+            ..Twisted::of(inner)
+        });
+        for lane in honest {
+            Device::new("honest", vec![Box::new(lane)])
+                .proved()
+                .unwrap();
+        }
+        for has_doubles in [false, true] {
+            let lane = Twisted {
+                short: true,
+                has_doubles,
+                ..Twisted::of(inner)
+            };
+            let error = Device::new("short", vec![Box::new(lane)])
+                .proved()
+                .unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported);
+            assert!(error.to_string().contains("products of f32"), "{error}");
+            assert!(error.hint().unwrap().contains("NVIDIA_TF32_OVERRIDE"));
+        }
+    }
 }
 
 /// The device of a name, where the machine has it; a failure where `LORATOOL_REQUIRE_GPU` asks for one.

@@ -1,6 +1,6 @@
 //! Every kernel, every number of threads: the same bytes.
 
-use loratool::linalg::{KERNELS, Kernel, LANES, Panels};
+use loratool::linalg::{ChainBound, KERNELS, Kernel, LANES, Panels};
 use loratool::tensor::Float;
 use ndarray::ArrayView2;
 use safetensors::Dtype;
@@ -568,4 +568,66 @@ fn every_kernel_looks_over_a_row_alike_and_asks_for_care_only_where_it_is_due() 
         }
     }
     assert!(due.iter().all(|count| *count > 300));
+}
+
+#[test]
+fn every_kernel_bounds_a_chain_alike_and_its_interval_holds_the_definition() {
+    let kernels = kernels();
+    let mut random = Random(61);
+    for length in 0..70 {
+        let (chain, columns) = (random.floats(length), random.floats(length));
+        let columns: Vec<f64> = columns.iter().map(|value| value.abs()).collect();
+        let base = random.floats(length);
+        let of_chain = ChainBound {
+            row: 1e-9,
+            columns: &columns,
+            relative: 1e-8,
+            floor: 1e-30,
+        };
+        let c = 0.3 * random.float();
+        let outcomes: Vec<_> = kernels
+            .iter()
+            .map(|kernel| {
+                let (mut value, mut bound) = (base.clone(), vec![0.0; length]);
+                kernel.accumulate_bounded(c, &chain, &of_chain, &mut value, &mut bound);
+                kernel.accumulate_bounded(-c, &chain, &of_chain, &mut value, &mut bound);
+                let mut low = vec![0.0; length];
+                assert!(kernel.interval(&value, &mut bound, &mut low));
+                (value, bound, low)
+            })
+            .collect();
+        assert!(outcomes.windows(2).all(|pair| pair[0] == pair[1]));
+        let (_, high, low) = &outcomes[0];
+        for index in 0..length {
+            // The ends of what a chain may be, by the definition.
+            let off = 1e-9 * columns[index] + 1e-8 * chain[index].abs() + 1e-30;
+            for (first, second) in [(off, -off), (-off, off), (0.0, 0.0)] {
+                let value = c.mul_add(chain[index] + first, base[index]);
+                let value = (-c).mul_add(chain[index] + second, value);
+                assert!(
+                    low[index] < value && value < high[index],
+                    "{length}, {index}"
+                );
+            }
+            let width = high[index] - low[index];
+            assert!(width <= 4.1 * c.abs() * off + 1e-14, "{width:e}");
+        }
+    }
+    for kernel in kernels {
+        for c in [f64::NAN, f64::INFINITY] {
+            let of_chain = ChainBound {
+                row: 0.0,
+                columns: &[1.0],
+                relative: 0.0,
+                floor: 0.0,
+            };
+            let (mut value, mut bound, mut low) = ([1.0], [0.0], [0.0]);
+            kernel.accumulate_bounded(c, &[1.0], &of_chain, &mut value, &mut bound);
+            assert!(!kernel.interval(&value, &mut bound, &mut low), "{c}");
+        }
+        // Nothing was added to a zero: its interval has both signs.
+        let (mut bound, mut low) = ([0.0], [1.0]);
+        assert!(kernel.interval(&[0.0], &mut bound, &mut low));
+        assert!(low[0] < 0.0 && bound[0] > 0.0);
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use loratool::checkpoint::{Checkpoint, Variant};
+use loratool::linalg::device::Choice;
 use loratool::ops::merge::{Control, Options, Report, plan};
 use loratool::ops::{switch, unmerge};
 use loratool::tensor::Float;
@@ -250,7 +251,7 @@ fn several_adapters_with_strengths_by_pattern_come_out_in_one_step() {
     comes_back(&room, &options);
 }
 
-fn few(cases: u32) -> ProptestConfig {
+pub(crate) fn few(cases: u32) -> ProptestConfig {
     ProptestConfig {
         cases,
         failure_persistence: None,
@@ -259,7 +260,7 @@ fn few(cases: u32) -> ProptestConfig {
 }
 
 /// Elements of every kind: zeros of both signs, subnormals, the largest, infinities, NaN, and ordinary ones.
-fn elements(dtype: Dtype, seeds: &[(u64, i16)]) -> Vec<u64> {
+pub(crate) fn elements(dtype: Dtype, seeds: &[(u64, i16)]) -> Vec<u64> {
     let bits = dtype.bitsize() as u32;
     let mask = u64::MAX >> (64 - bits);
     let sign = 1u64 << (bits - 1);
@@ -368,19 +369,22 @@ fn adapters_of_every_kind_are_switched() {
         let mut second = options(&base, &case(to), &room.path("direct"));
         second.force = true;
         merge(&second).unwrap();
-        let switched = switch::Options {
-            from: back(&first, Path::new("")),
-            to: Options {
-                output: room.path("switched"),
-                ..second
-            },
-        };
-        let plan = switch::plan(&switched).unwrap();
-        plan.run(&Control::default()).unwrap();
-        assert!(
-            bytes(&room.path("switched")) == bytes(&room.path("direct")),
-            "{from} to {to}"
-        );
+        for device in [None, Some(Choice::of(crate::devices::plain()))] {
+            let switched = switch::Options {
+                from: back(&first, Path::new("")),
+                to: Options {
+                    output: room.path("switched"),
+                    device,
+                    ..second.clone()
+                },
+            };
+            let plan = switch::plan(&switched).unwrap();
+            plan.run(&Control::default()).unwrap();
+            assert!(
+                bytes(&room.path("switched")) == bytes(&room.path("direct")),
+                "{from} to {to}"
+            );
+        }
     }
 }
 

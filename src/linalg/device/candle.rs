@@ -2,7 +2,7 @@
 //!
 //! What is used of it is little: copies to and from a device, matrix products in f32 and f64, and rounding to f32.
 //! Bounds of the errors of these products hold for any order of sums, so nothing is assumed of a device but that it
-//! rounds each operation, or each fused multiply-add, to nearest; short formats inside (TF32, emulation) are refused.
+//! rounds each operation, or each fused multiply-add, to nearest; whoever opens it looks whether it does.
 //! candle has no factorisations: another library makes them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,13 +27,6 @@ const HELD_SHARE: f64 = 0.75;
 /// where a bus carries some 10 GB/s in both directions together.
 const WORTH: f64 = 20.0;
 
-/// Variables that make cuBLAS compute with less than the format that was asked for, where they are not 0.
-const SHORT: &[&str] = &[
-    "NVIDIA_TF32_OVERRIDE",
-    "CUBLAS_EMULATE_SINGLE_PRECISION",
-    "CUBLAS_EMULATE_DOUBLE_PRECISION",
-];
-
 type Lanes = Result<Vec<Box<dyn Algebra>>>;
 
 /// The processor, by candle's own products.
@@ -43,14 +36,7 @@ pub(super) fn processor(_number: usize, opening: &Opening<'_>) -> Lanes {
 
 /// A device of CUDA; each lane has a stream of its own.
 pub(super) fn cuda(number: usize, opening: &Opening<'_>) -> Lanes {
-    let on = |name: &&&str| std::env::var(name).is_ok_and(|value| value != "0");
-    if let Some(name) = SHORT.iter().find(on) {
-        return Err(Error::new(Reason::NoDevice {
-            device: opening.name.to_owned(),
-            problem: format!("the variable {name} makes it round more than its formats do"),
-        })
-        .with_hint(format!("run it with {name}=0")));
-    }
+    // TF32 is off unless somebody in this process asked for it.
     candle_core::cuda::set_gemm_reduced_precision_f32(false);
     lanes(
         opening,

@@ -7,7 +7,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::dense::Algebra;
+use ndarray::{Array2, ArrayView1};
+
+use super::dense::{Algebra, Dense, Real, held};
+use super::random::Random;
 use crate::error::{Error, Reason, Result};
 
 #[cfg(feature = "candle")]
@@ -146,7 +149,29 @@ impl Device {
             memory,
             factorisations,
         };
-        Ok(Device::new(name, (kind.open)(number, &opening)?))
+        Device::new(name, (kind.open)(number, &opening)?).proved()
+    }
+
+    /// The device, if its products are as near to the exact ones as the formats of their factors promise. Drivers and
+    /// variables of the environment can make a GPU round its inputs to less (TF32), or emulate a format by others.
+    ///
+    /// # Errors
+    /// [`Reason::NoDevice`] where an element is further off than rounding explains; what a product gives.
+    pub fn proved(self) -> Result<Self> {
+        for lane in self.lanes() {
+            let mut off = (!are_near::<f32>(lane)?).then_some("f32");
+            if off.is_none() && lane.has_doubles() && !are_near::<f64>(lane)? {
+                off = Some("f64");
+            }
+            if let Some(format) = off {
+                let problem = format!("its products of {format} are off by more than rounding");
+                let device = self.name().to_owned();
+                let hint = "if NVIDIA_TF32_OVERRIDE, CUBLAS_EMULATE_SINGLE_PRECISION or CUBLAS_EMULATE_DOUBLE_PRECISION is set, unset it";
+                let error = Error::new(Reason::NoDevice { device, problem });
+                return Err(error.with_hint(hint));
+            }
+        }
+        Ok(self)
     }
 
     /// Its name in reports.
@@ -169,6 +194,34 @@ impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
+}
+
+/// Whether every element of a product, whose factors have entries of very different sizes, is as near to its chain in
+/// f64 as any order of sums allows: twice `k · u · ‖row‖ · ‖column‖` (Higham, "Accuracy and Stability of Numerical
+/// Algorithms", 2nd edition, §3.1), the chain's own error included.
+fn are_near<T: Real>(lane: &dyn Dense<T>) -> Result<bool> {
+    const LENGTH: usize = 96;
+    let mut random = Random::new(1);
+    let mut matrix = |rows, columns| {
+        let values = random.normals(rows * columns);
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            let size = 2f64.powi((i + 2 * j) as i32 % 7 * 3 - 9);
+            T::rounded(values[i * columns + j] * size)
+        })
+    };
+    let (a, b) = (matrix(40, LENGTH), matrix(LENGTH, 56));
+    let product = held(lane, b.view())?.after(a.view())?;
+    let norm = |line: ArrayView1<'_, T>| {
+        let squares = line.iter().map(|value| value.widened() * value.widened());
+        squares.sum::<f64>().sqrt()
+    };
+    Ok(product.indexed_iter().all(|((i, j), found)| {
+        let (row, column) = (a.row(i), b.column(j));
+        let pairs = row.iter().zip(column);
+        let chain = pairs.fold(0.0, |sum, (a, b)| a.widened().mul_add(b.widened(), sum));
+        let allowed = 2.0 * LENGTH as f64 * T::ROUNDOFF * norm(row) * norm(column);
+        (found.widened() - chain).abs() <= allowed
+    }))
 }
 
 /// The kind of a name, and the number behind it.

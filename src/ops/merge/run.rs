@@ -60,6 +60,7 @@ impl Plan {
         for shard in self.base.shards.iter().filter(|_| self.behind.is_empty()) {
             shard.file.verify_while(&|| control.check())?;
         }
+        let choice = self.options.device.as_ref();
         let mut run = Run {
             plan: self,
             control,
@@ -68,10 +69,7 @@ impl Plan {
             done: 0,
             sums: Vec::new(),
             bounds: is_inverse.then(Vec::new),
-            aside: self.options.device.as_ref().map(|choice| Aside {
-                choice,
-                pool: &pool,
-            }),
+            aside: choice.and_then(|choice| Aside::of(choice, &pool)),
             tally: None,
         };
         let written = pool.install(|| run.files(&sink))?;

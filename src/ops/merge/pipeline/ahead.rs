@@ -32,15 +32,26 @@ const LENGTH_PER_BYTE: usize = 1;
 /// Where tensors may be evaluated beside the processor.
 #[derive(Clone, Copy)]
 pub(crate) struct Aside<'a> {
-    pub(crate) choice: &'a Choice,
+    device: &'a Device,
+    only_if_faster: bool,
     /// For devices whose products use its threads.
-    pub(crate) pool: &'a ThreadPool,
+    pool: &'a ThreadPool,
+}
+
+impl<'a> Aside<'a> {
+    /// Where a choice says, if there is a device.
+    pub(crate) fn of(choice: &'a Choice, pool: &'a ThreadPool) -> Option<Self> {
+        Some(Aside {
+            device: choice.device.as_ref()?,
+            only_if_faster: choice.only_if_faster,
+            pool,
+        })
+    }
 }
 
 /// The device, and what it computes of one tensor.
 pub(super) struct Work<'a> {
-    device: &'a Device,
-    pool: &'a ThreadPool,
+    aside: Aside<'a>,
     /// For each step.
     steps: Vec<Option<Candidates<'a>>>,
 }
@@ -56,9 +67,6 @@ impl<'a> Work<'a> {
         rows: usize,
         needs_chains: bool,
     ) -> Result<std::result::Result<Self, &'static str>> {
-        let Some(device) = &aside.choice.device else {
-            return Ok(Err("there is no device"));
-        };
         if needs_chains {
             return Ok(Err("an undo file is made of the definition's own chains"));
         }
@@ -72,7 +80,7 @@ impl<'a> Work<'a> {
         {
             return Ok(Err("a method does more than to add, and has no bound"));
         }
-        let has_doubles = device.algebra().has_doubles();
+        let has_doubles = aside.device.algebra().has_doubles();
         let steps = recipe.steps.iter();
         let steps: Vec<_> = steps
             .map(|step| step.update.candidates(recipe.to, has_doubles))
@@ -90,14 +98,10 @@ impl<'a> Work<'a> {
         }
         let threads = aside.pool.current_num_threads();
         let gains = length >= LENGTH_PER_BYTE * carried * threads;
-        if aside.choice.only_if_faster && (rows * recipe.columns < LARGE || !gains) {
+        if aside.only_if_faster && (rows * recipe.columns < LARGE || !gains) {
             return Ok(Err("too little to do to gain by a device"));
         }
-        Ok(Ok(Work {
-            device,
-            pool: aside.pool,
-            steps,
-        }))
+        Ok(Ok(Work { aside, steps }))
     }
 
     /// Starts the lanes; they end with the last chunk, with an error, or when nobody takes their chunks any more.
@@ -107,7 +111,7 @@ impl<'a> Work<'a> {
         recipe: &'scope Recipe,
         chunks: &'scope [Range<usize>],
     ) -> Ahead<'scope> {
-        let lanes = self.device.lanes().take(chunks.len());
+        let lanes = self.aside.device.lanes().take(chunks.len());
         let count = lanes.len();
         let running = Arc::new(AtomicUsize::new(count));
         let lane = |(number, lane): (usize, &'scope dyn Algebra)| {
@@ -122,7 +126,7 @@ impl<'a> Work<'a> {
         };
         Ahead {
             lanes: lanes.enumerate().map(lane).collect(),
-            device: self.device.name(),
+            device: self.aside.device.name(),
             running,
         }
     }
@@ -150,7 +154,7 @@ impl<'a> Work<'a> {
                     own.chains(rows.start - first..rows.end - first).map(Some)
                 });
                 let all = match lane.uses_threads() {
-                    true => self.pool.install(|| all.collect::<Vec<_>>()),
+                    true => self.aside.pool.install(|| all.collect::<Vec<_>>()),
                     false => all.collect(),
                 };
                 let all: Result<Vec<_>> = all.into_iter().collect();
