@@ -11,7 +11,7 @@
 //! * [`checkpoint`] — the base model: shards in, a crash-safe output out.
 //! * [`containers`] — how named tensors lie in bytes; has never heard of adapters.
 //! * [`naming`] — from module paths to names in a checkpoint.
-//! * [`linalg`] — the arithmetic, with one result on every machine.
+//! * [`linalg`] — the arithmetic, with one result on every machine; libraries and devices for the rest.
 //! * [`tensor`], [`mapped`], [`json`], [`notice`], [`error`] — the shared ground.
 //!
 //! The library never prints, prompts or reads the environment; the command line does.

@@ -2,7 +2,43 @@
 //!
 //! A device is one or more [`Algebra`]s, its lanes: each has a queue of its own, so that one can carry while another
 //! computes. [`KINDS`] is the only list. This room alone knows the library that drives them (`candle.rs`, compiled
-//! with the feature of that name).
+//! with the feature of that name). `docs/devices.md` says what is promised.
+//!
+//! Any library of linear algebra can be a device. A merge has the same bytes on all of them:
+//!
+//! ```
+//! use loratool::linalg::dense::ALGEBRAS;
+//! use loratool::linalg::device::{Choice, Device};
+//! use loratool::ops::merge::{Control, Options, Selection, plan};
+//!
+//! # fn main() -> loratool::Result<()> {
+//! # let folder = tempfile::tempdir().unwrap();
+//! // A GPU where the build and the machine have one; lanes of your own make one with `Device::new`.
+//! let device = match Device::open("cuda", Some(8 << 30), ALGEBRAS[0]) {
+//!     Ok(device) => Some(Choice::of(device)),
+//!     Err(error) => {
+//!         println!("on the processor: {error}");
+//!         None
+//!     }
+//! };
+//! let options = Options {
+//!     base: "fixtures/peft/bases/llama".into(),
+//!     adapters: vec![Selection {
+//!         path: "fixtures/peft/cases/lora/adapter".into(),
+//!         strength: 1.0,
+//!         ..Selection::default()
+//!     }],
+//!     output: folder.path().join("merged"),
+//!     device,
+//!     ..Options::default()
+//! };
+//! let report = plan(&options)?.run(&Control::default())?;
+//! if let Some(work) = report.device.and_then(|device| device.work) {
+//!     println!("{} of {} elements by the definition", work.recomputed, work.elements);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 use std::fmt;
 use std::sync::Arc;
