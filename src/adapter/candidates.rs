@@ -91,8 +91,10 @@ impl<'a> Candidates<'a> {
     /// Those of [`Factor::block`].
     pub fn of_product(left: &'a Factor, right: &Factor, precision: Precision) -> Result<Self> {
         let length = right.rows();
-        let matrix = right.block(0..length, 0..right.columns())?;
-        let matrix = matrix.as_standard_layout().into_owned();
+        let mut matrix = right.block(0..length, 0..right.columns())?;
+        if !matrix.is_standard_layout() {
+            matrix = matrix.as_standard_layout().into_owned();
+        }
         let of_doubles = gamma(f64::ROUNDOFF, length);
         let (single, double) = (f64::from(f32::MIN_POSITIVE), f64::MIN_POSITIVE);
         // The definition's own error counts as well; and where short chains are added up, that of their sum.

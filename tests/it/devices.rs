@@ -29,6 +29,8 @@ struct Twisted {
     noise: bool,
     /// Rounds factors to eleven digits first, as TF32 does.
     short: bool,
+    /// Takes subnormal numbers for zero, wherever they are read or made.
+    flushes: bool,
     /// Products that are made before all others fail.
     lasts: AtomicUsize,
 }
@@ -40,6 +42,7 @@ impl Twisted {
             has_doubles: true,
             noise: false,
             short: false,
+            flushes: false,
             lasts: AtomicUsize::new(usize::MAX),
         }
     }
@@ -81,6 +84,13 @@ macro_rules! dense {
                     return Err(Error::new(Reason::DeviceFailed { device, problem }));
                 }
                 let inner: &dyn Dense<$type> = self.inner;
+                if self.flushes {
+                    let flushed = |value: $type| if value.is_subnormal() { 0.0 } else { value };
+                    let (a, b) = (a.mapv(flushed), b.mapv(flushed));
+                    inner.multiply(a.view(), b.view(), c.view_mut(), how)?;
+                    c.mapv_inplace(flushed);
+                    return Ok(());
+                }
                 if self.short {
                     let digits = |value: $type| {
                         let unit = 2f64.powi(value.widened().abs().log2().floor() as i32 - 10);
@@ -141,21 +151,30 @@ pub(crate) fn plain() -> Device {
     Twisted::device("plain", || Twisted::of(ALGEBRAS[0]))
 }
 
-/// Every device that needs no hardware: each library as it is, noisy, and as if it had no f64.
-fn devices() -> Vec<Device> {
+/// Every library with f64 and as if it had none; noisy, or as it is.
+fn libraries(noise: bool) -> Vec<Device> {
     let mut devices = Vec::new();
     for inner in algebras() {
         for has_doubles in [true, false] {
-            for noise in [false, true] {
-                let name = format!("{}, f64: {has_doubles}, noise: {noise}", inner.name());
-                devices.push(Twisted::device(&name, || Twisted {
-                    has_doubles,
-                    noise,
-                    ..Twisted::of(inner)
-                }));
-            }
+            let name = format!("{}, f64: {has_doubles}, noise: {noise}", inner.name());
+            devices.push(Twisted::device(&name, || Twisted {
+                has_doubles,
+                noise,
+                ..Twisted::of(inner)
+            }));
         }
     }
+    devices
+}
+
+/// Devices that need no hardware: every library as noisy as its bound allows, one like Metal, and those of the build.
+fn devices() -> Vec<Device> {
+    let mut devices = libraries(true);
+    devices.push(Twisted::device("flushing", || Twisted {
+        has_doubles: false,
+        flushes: true,
+        ..Twisted::of(ALGEBRAS[0])
+    }));
     if cfg!(feature = "candle") {
         let open = |memory| Device::open("candle-cpu", memory, ALGEBRAS[0]).unwrap();
         devices.extend([open(None), open(Some(128 << 10))]);
@@ -325,7 +344,7 @@ fn few_elements_are_left_to_the_definition_and_they_are_counted() {
             (Dtype::F16, 2e-3, Some(1e-1)),
         ] {
             let options = one_layer(&room, dtype, [160, 500, rank], 0.1);
-            for device in devices() {
+            for device in devices().into_iter().chain(libraries(false)) {
                 same_everywhere(&options, std::slice::from_ref(&device));
                 let report = on(&device, &options).unwrap();
                 let work = of(&report).work.clone().unwrap();
