@@ -40,15 +40,15 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Counts a tensor of so many elements, or why it was left to the processor.
-    pub(super) fn count(&mut self, elements: Result<u64, &'static str>, recomputed: u64) {
-        match elements {
-            Ok(elements) => {
-                self.tensors += 1;
-                self.elements += elements;
-                self.recomputed += recomputed;
-            }
-            Err(reason) => *self.processor.entry(reason).or_default() += 1,
-        }
+    /// Counts a tensor that the device computed.
+    pub(super) fn on_device(&mut self, elements: u64, recomputed: u64) {
+        self.tensors += 1;
+        self.elements += elements;
+        self.recomputed += recomputed;
+    }
+
+    /// Counts one that was left to the processor.
+    pub(super) fn on_processor(&mut self, reason: &'static str) {
+        *self.processor.entry(reason).or_default() += 1;
     }
 }

@@ -49,6 +49,14 @@ impl<'a> Aside<'a> {
     }
 }
 
+/// Where one tensor is computed.
+pub(super) enum Place<'a> {
+    /// On the device, but for the rounding.
+    Device(Work<'a>),
+    /// On the processor, and why.
+    Processor(&'static str),
+}
+
 /// The device, and what it computes of one tensor.
 pub(super) struct Work<'a> {
     aside: Aside<'a>,
@@ -57,7 +65,7 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    /// What there is to do for a device; or why there is nothing.
+    /// What there is to do for a device, or why there is nothing.
     ///
     /// # Errors
     /// What reading the parameters gives.
@@ -66,19 +74,17 @@ impl<'a> Work<'a> {
         recipe: &'a Recipe,
         rows: usize,
         needs_chains: bool,
-    ) -> Result<std::result::Result<Self, &'static str>> {
+    ) -> Result<Place<'a>> {
+        let processor = |reason| Ok(Place::Processor(reason));
         if needs_chains {
-            return Ok(Err("an undo file is made of the definition's own chains"));
+            return processor("an undo file is made of the definition's own chains");
         }
         if recipe.to == Float::F64 {
-            return Ok(Err("no bound settles the last digit of f64"));
+            return processor("no bound settles the last digit of f64");
         }
-        if recipe
-            .steps
-            .iter()
-            .any(|step| step.update.multiplier().is_none())
-        {
-            return Ok(Err("a method does more than to add, and has no bound"));
+        let mut updates = recipe.steps.iter().map(|step| &step.update);
+        if updates.any(|update| update.multiplier().is_none()) {
+            return processor("a method does more than to add, and has no bound");
         }
         let has_doubles = aside.device.algebra().has_doubles();
         let steps = recipe.steps.iter();
@@ -86,10 +92,10 @@ impl<'a> Work<'a> {
             .map(|step| step.update.candidates(recipe.to, has_doubles))
             .collect::<Result<_>>()?;
         if steps.iter().all(Option::is_none) {
-            return Ok(Err(match has_doubles {
+            return processor(match has_doubles {
                 true => "nothing is multiplied",
                 false => "nothing is multiplied, or f32 does not settle it",
-            }));
+            });
         }
         let (mut length, mut carried) = (0, 0);
         for candidates in steps.iter().flatten() {
@@ -99,9 +105,9 @@ impl<'a> Work<'a> {
         let threads = aside.pool.current_num_threads();
         let gains = length >= LENGTH_PER_BYTE * carried * threads;
         if aside.only_if_faster && (rows * recipe.columns < LARGE || !gains) {
-            return Ok(Err("too little to do to gain by a device"));
+            return processor("too little to do to gain by a device");
         }
-        Ok(Ok(Work { aside, steps }))
+        Ok(Place::Device(Work { aside, steps }))
     }
 
     /// Starts the lanes; they end with the last chunk, with an error, or when nobody takes their chunks any more.

@@ -28,7 +28,7 @@ mod block;
 mod source;
 mod watch;
 
-use ahead::{Ahead, Work};
+use ahead::{Ahead, Place, Work};
 use block::{Block, Done};
 use source::{Source, float};
 use watch::Watch;
@@ -277,19 +277,24 @@ impl Pipeline<'_> {
         let chunks: Vec<_> = firsts
             .map(|first| first..(first + chunk_rows).min(rows))
             .collect();
-        let work = aside.filter(|_| !recipe.steps.is_empty());
-        let work = work.map(|aside| Work::of(aside, &recipe, rows, undo.is_some()));
-        let work = work.transpose()?;
+        let aside = aside.filter(|_| !recipe.steps.is_empty());
+        let place = aside.map(|aside| Work::of(aside, &recipe, rows, undo.is_some()));
+        let place = place.transpose()?;
         let (sums, bound) = std::thread::scope(|scope| {
-            let work = work.as_ref().and_then(|work| work.as_ref().ok());
-            let ahead = work.map(|work| work.start(scope, &recipe, &chunks));
+            let ahead = match &place {
+                Some(Place::Device(work)) => Some(work.start(scope, &recipe, &chunks)),
+                Some(Place::Processor(_)) | None => None,
+            };
             let watching = (watch.as_mut(), undo.as_deref_mut());
             self.chunks(&block, &chunks, height, ahead.as_ref(), watching)
         })?;
-        if let Some(work) = &work {
-            let elements = (rows * columns) as u64;
-            let on = work.as_ref().map(|_| elements).map_err(|reason| *reason);
-            self.tally.count(on, sums.recomputed);
+        match place {
+            Some(Place::Device(_)) => {
+                let elements = (rows * columns) as u64;
+                self.tally.on_device(elements, sums.recomputed);
+            }
+            Some(Place::Processor(reason)) => self.tally.on_processor(reason),
+            None => {}
         }
         let record = watch.map(|watch| watch.finish(&tensor.source, undo, columns, height));
         Ok(Evaluated {
