@@ -12,7 +12,7 @@ use loratool::{Error, Reason, printable};
 use super::adapters::Adapters;
 use super::convert::Writing;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
-use super::{Outcome, Workers, size, targets};
+use super::{DECOMPOSED_ON, Devices, Outcome, Workers, size, targets};
 
 /// Make one adapter of several.
 ///
@@ -22,7 +22,7 @@ use super::{Outcome, Workers, size, targets};
 #[derive(Args, Debug)]
 #[command(after_help = AFTER, mut_arg("dtype", |dtype| dtype
     .help("Type of all tensors [default: f32 for factors, whole tensors in their own]")
-    .hide_default_value(true)))]
+    .hide_default_value(true)), mut_arg("device", |device| device.help(DECOMPOSED_ON)))]
 pub(super) struct Combine {
     #[command(flatten)]
     adapters: Adapters,
@@ -79,6 +79,8 @@ pub(super) struct Combine {
     allow_unrelated: bool,
     #[command(flatten)]
     workers: Workers,
+    #[command(flatten)]
+    devices: Devices,
     #[command(flatten)]
     pub(super) writing: Writing,
 }
@@ -176,6 +178,7 @@ impl Combine {
             average_full: self.average_full,
             allow_unrelated: self.allow_unrelated,
             threads: self.workers.count(),
+            device: self.devices.choice(None)?,
         })
     }
 }
@@ -233,6 +236,7 @@ fn print(report: &Report) {
     let size = format!("{} ({} tensors)", bytes(report.bytes), report.tensors);
     fields.add("size", size);
     fields.add("time", format!("{:.2} s", report.seconds));
+    fields.add_device(report.device.as_ref());
     fields.print();
 }
 

@@ -12,14 +12,14 @@ use loratool::{Error, Reason};
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, grouped, with_progress};
 use super::table::{kinds, numbers, percent, shares};
-use super::{LayerNames, Outcome, Path, Workers, prefix, size, targets};
+use super::{DECOMPOSED_ON, Devices, LayerNames, Outcome, Path, Workers, prefix, size, targets};
 
 /// Make an adapter from a base and what was tuned from it, with a proof of how good it is.
 ///
 /// The difference of every layer is decomposed; the first singular values are kept. The report says what is
 /// left of the difference, and how far that is at most above the best possible at the rank.
 #[derive(Args, Debug)]
-#[command(after_help = "\
+#[command(mut_arg("device", |device| device.help(DECOMPOSED_ON)), after_help = "\
 Examples:
   loratool extract --base llama/ --tuned my-llama/ --output lora/
   loratool extract --base llama/ --tuned my-llama/ --energy 0.95 --max-rank 128 --output lora/
@@ -96,6 +96,8 @@ pub(super) struct Extract {
     /// Library of linear algebra, where the build has several
     #[arg(long, value_name = "NAME")]
     algebra: Option<String>,
+    #[command(flatten)]
+    devices: Devices,
     /// The family of the model, where its names alone do not tell it
     #[arg(long, value_name = "NAME")]
     family: Option<String>,
@@ -270,6 +272,7 @@ impl Extract {
             seed: self.seed,
             threads: self.workers.count(),
             algebra: self.algebra.clone(),
+            device: self.devices.choice(self.algebra.as_deref())?,
             allow_unmatched: self.allow_unmatched,
             allow_losses: self.allow_losses,
             allow_unrelated: self.allow_unrelated,
@@ -345,6 +348,7 @@ fn print(report: &Report) {
         ),
     );
     fields.add("time", format!("{:.1} s", report.seconds));
+    fields.add_device(report.device.as_ref());
     if let Some(alpha) = report.alpha {
         fields.add(
             "alpha",

@@ -129,6 +129,10 @@ impl Workers {
     }
 }
 
+/// Help of `--device` where products are those of decompositions.
+const DECOMPOSED_ON: &str = "Decompose on a device: cpu, candle-cpu, cuda[:N], metal[:N], or auto for one if it gains by \
+    it; what is proved and told is as good, but not every bit is the same";
+
 /// Where products are computed.
 #[derive(Args, Clone, Debug)]
 struct Devices {

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loratool::formats::Loss;
 use loratool::naming::fold::fold;
 use loratool::notice::{Notice, NoticeKind};
+use loratool::ops::device::DeviceReport;
 use loratool::ops::merge::Control;
 use loratool::{Error, printable, printable_json};
 
@@ -186,6 +187,13 @@ impl Fields {
     pub(super) fn list<S: AsRef<str>>(&mut self, name: &str, lines: &[S]) {
         for (index, line) in lines.iter().enumerate() {
             self.add(if index == 0 { name } else { "" }, line);
+        }
+    }
+
+    /// The device, where one was asked for.
+    pub(super) fn add_device(&mut self, report: Option<&DeviceReport>) {
+        if let Some(DeviceReport { device, reason }) = report {
+            self.add("device", format!("{device} ({reason})"));
         }
     }
 

@@ -8,7 +8,7 @@ use super::convert::{Changing, Writing};
 use super::plot;
 use super::render::{self, Fields, Stderr, bytes, folded, with_progress};
 use super::table::{kinds, numbers, percent, shares};
-use super::{Outcome, Path, Workers, size};
+use super::{DECOMPOSED_ON, Devices, Outcome, Path, Workers, size};
 
 /// Give an adapter other ranks, with the least that they can leave out.
 ///
@@ -16,7 +16,7 @@ use super::{Outcome, Path, Workers, size};
 /// kept. A larger rank is zeros behind the factors. Scales stay what they are; of DoRA the magnitudes stay,
 /// and what is added to the weight is resized.
 #[derive(Args, Debug)]
-#[command(after_help = "\
+#[command(mut_arg("device", |device| device.help(DECOMPOSED_ON)), after_help = "\
 Examples:
   loratool resize my-lora/ --rank 8 --output small/
   loratool resize my-lora/ --energy 0.95 --output small/ --dry-run
@@ -81,6 +81,8 @@ pub(super) struct Resize {
     /// Library of linear algebra, where the build has several
     #[arg(long, value_name = "NAME")]
     algebra: Option<String>,
+    #[command(flatten)]
+    devices: Devices,
     /// Draw the singular values and what is left of each module into an SVG file
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<Path>,
@@ -165,6 +167,7 @@ impl Resize {
             },
             threads: self.workers.count(),
             algebra: self.algebra.clone(),
+            device: self.devices.choice(self.algebra.as_deref())?,
         })
     }
 }
@@ -218,6 +221,7 @@ fn print(report: &Report) {
         ),
     );
     fields.add("time", format!("{:.1} s", report.seconds));
+    fields.add_device(report.device.as_ref());
     fields.print();
 }
 

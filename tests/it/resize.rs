@@ -34,6 +34,7 @@ pub(crate) fn by(adapter: &Path, ranks: Ranks, output: &Path) -> Options {
         counting: Counting::Exact,
         threads: None,
         algebra: None,
+        device: None,
     }
 }
 

@@ -56,7 +56,7 @@ impl Real for f64 {
 }
 
 /// What factorisations need, for one type of numbers. They refuse numbers that are not finite; products do not.
-pub trait Dense<T: Real>: Sync {
+pub trait Dense<T: Real>: Send + Sync {
     /// `c = a · b`, or `c += a · b`.
     ///
     /// # Errors

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::convert;
+use super::device::{self, DeviceReport, LARGE};
 use super::merge::{Control, Opened, Selection, look, open_adapters};
 use super::outgoing::{Base, Outgoing, expected_shape, format, writable};
 use super::workers::workers;
 use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
 use crate::formats::Format;
+use crate::linalg::dense::{ALGEBRAS, Algebra};
+use crate::linalg::device::Choice;
 use crate::mapped::Input;
 use crate::notice::{Notice, NoticeKind};
 use crate::tensor::Float;
@@ -29,7 +32,7 @@ mod whole;
 mod work;
 
 use compat::Peer;
-use join::Joined;
+use join::{Joined, Layer};
 use layer::Way;
 use recipes::Tuning;
 use work::Work;
@@ -60,6 +63,9 @@ pub struct Options {
     pub allow_unrelated: bool,
     /// Worker threads; one per core if absent.
     pub threads: Option<usize>,
+    /// A device for the products of decompositions; the processor if absent. What is proved is the same, but not every
+    /// bit.
+    pub device: Option<Choice>,
 }
 
 /// How ranks are chosen.
@@ -245,6 +251,33 @@ impl Plan {
             .iter()
             .flat_map(|own| own.found.inputs())
             .chain(base)
+    }
+
+    /// Whether the decomposition of a layer gains by a device: only changes that are formed have large products.
+    fn gains(&self, layer: &Layer) -> bool {
+        let is_formed = matches!(self.way, Way::Recipe(recipe) if recipe.on_changes.is_some());
+        let geometries = (layer.parts.iter()).filter_map(|part| part.module.geometry());
+        let mut elements = geometries.map(|on| on.rows.saturating_mul(on.columns));
+        is_formed && elements.any(|elements| elements >= LARGE)
+    }
+
+    /// What decomposes a layer, and whether it is a device.
+    fn algebra(&self, layer: &Layer) -> (&dyn Algebra, bool) {
+        let choice = self.options.device.as_ref();
+        device::algebra(choice, ALGEBRAS[0], self.gains(layer))
+    }
+
+    /// Where layers are decomposed, if that was to be chosen.
+    fn device(&self) -> Option<DeviceReport> {
+        let choice = self.options.device.as_ref()?;
+        let gains = self.joined.layers.iter().any(|layer| self.gains(layer));
+        let why = match self.way {
+            Way::Recipe(recipe) if recipe.on_changes.is_some() => {
+                "no layer is large enough to gain by it"
+            }
+            _ => "this way has no products that gain by it",
+        };
+        Some(DeviceReport::of(choice, gains.then_some(()).ok_or(why)))
     }
 
     /// The files and folders that are read.

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::formats::Loss;
 use crate::notice::Notice;
+use crate::ops::device::DeviceReport;
 use crate::ops::extract::Proved;
 
 /// A combination, told.
@@ -48,6 +49,9 @@ pub struct Report {
     pub bytes: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Where products of decompositions were computed, if that was to be chosen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceReport>,
     /// What is odd.
     pub notices: Vec<Notice>,
 }

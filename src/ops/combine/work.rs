@@ -11,7 +11,6 @@ use super::report::{Combined, ModuleReport, Report};
 use super::{Plan, Ranks};
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Loss, Named};
-use crate::linalg::dense::ALGEBRAS;
 use crate::linalg::random::seed_of;
 use crate::linalg::truncated::{Rank, Settings};
 use crate::ops::budget::{Attempts, Candidate, spent, within};
@@ -132,7 +131,7 @@ impl<'a> Work<'a> {
 
     fn settings(&self, layer: &Layer, rank: Rank) -> Settings<'_> {
         Settings {
-            algebra: ALGEBRAS[0],
+            algebra: self.plan.algebra(layer).0,
             rank,
             tolerance: Some(TOLERANCE),
             exact: false,
@@ -186,10 +185,15 @@ impl<'a> Work<'a> {
         self.written(done, left_out)
     }
 
-    /// Layers at once: sums and factors are small, changes are not.
+    /// Layers at once: sums and factors are small, changes are not. On a device it is one, because what it has room for,
+    /// and with it every bit, is to depend on the layer alone.
     fn at_once(&self) -> usize {
+        let mut layers = self.plan.joined.layers.iter();
         match self.plan.way {
-            Way::Recipe(recipe) if recipe.on_changes.is_none() => {
+            Way::Recipe(recipe)
+                if recipe.on_changes.is_none()
+                    && !layers.any(|layer| self.plan.algebra(layer).1) =>
+            {
                 rayon::current_num_threads().max(1)
             }
             _ => 1,
@@ -272,6 +276,7 @@ impl<'a> Work<'a> {
             tensors: written.tensors.len(),
             bytes: outgoing.bytes()?,
             seconds: self.start.elapsed().as_secs_f64(),
+            device: plan.device(),
             notices: [&*plan.notices, &written.notices].concat(),
         };
         Ok((outgoing, report))

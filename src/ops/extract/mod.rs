@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::device::{self, LARGE};
 use super::merge::Control;
 use super::outgoing::{Base, Outgoing, expected_shape, format};
 use super::workers::workers;
@@ -13,6 +14,7 @@ use crate::checkpoint::sink::Destination;
 use crate::error::{Error, Reason, Result};
 use crate::formats::{Format, Loss, customary};
 use crate::linalg::dense::{self, Algebra};
+use crate::linalg::device::Choice;
 use crate::mapped::Input;
 use crate::methods::METHODS;
 use crate::notice::Notice;
@@ -31,6 +33,7 @@ use search::Search;
 pub use pairs::What;
 pub use report::{FittedReport, Proved, Report, Total, WholeReport};
 
+pub use super::device::DeviceReport;
 pub use super::outgoing::Names;
 
 /// What to extract from what, and what to accept.
@@ -76,6 +79,9 @@ pub struct Options {
     pub threads: Option<usize>,
     /// One of [`crate::linalg::dense::ALGEBRAS`] by name; the first if absent.
     pub algebra: Option<String>,
+    /// A device for the products of decompositions; the processor if absent. What is proved is the same, but not every
+    /// bit.
+    pub device: Option<Choice>,
     /// Leaves out tensors that have no difference, and says so.
     pub allow_unmatched: bool,
     /// Writes what the format can say and leaves out the rest.
@@ -117,6 +123,7 @@ impl Default for Options {
             seed: 0,
             threads: None,
             algebra: None,
+            device: None,
             allow_unmatched: false,
             allow_losses: false,
             allow_unrelated: false,
@@ -323,6 +330,29 @@ impl Plan {
         let folders = folders.into_iter().filter(|path| path.is_dir());
         let files = self.inputs().map(|input| input.path());
         files.chain(folders.map(PathBuf::as_path)).collect()
+    }
+
+    /// Whether the decomposition of a layer gains by a device.
+    fn gains(&self, pair: &Pair) -> bool {
+        let on = pair.geometry();
+        !self.options.exact && on.rows * on.columns >= LARGE
+    }
+
+    /// What decomposes a layer.
+    fn algebra(&self, pair: &Pair) -> &dyn Algebra {
+        let choice = self.options.device.as_ref();
+        device::algebra(choice, self.algebra, self.gains(pair)).0
+    }
+
+    /// Where layers were decomposed, if that was to be chosen.
+    fn device(&self, fitted: &[usize]) -> Option<DeviceReport> {
+        let choice = self.options.device.as_ref()?;
+        let gains = fitted.iter().any(|index| self.gains(&self.pairs[*index]));
+        let why = match self.options.exact {
+            true => "all singular values are asked for, which takes few products",
+            false => "no layer is large enough to gain by it",
+        };
+        Some(DeviceReport::of(choice, gains.then_some(()).ok_or(why)))
     }
 
     /// Where the output goes, as far as the format tells it without an adapter.

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::DeviceReport;
 use super::pairs::What;
 use crate::formats::Loss;
 use crate::linalg::truncated::Proof;
@@ -51,6 +52,9 @@ pub struct Report {
     pub difference_bytes: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Where products of decompositions were computed, if that was to be chosen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceReport>,
     /// What is odd.
     pub notices: Vec<Notice>,
 }

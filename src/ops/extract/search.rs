@@ -171,7 +171,7 @@ impl<'a> Search<'a> {
     fn settings(&self, pair: &Pair, rank: Rank, tolerance: Option<f64>) -> Settings<'_> {
         let options = &self.plan.options;
         Settings {
-            algebra: self.plan.algebra,
+            algebra: self.plan.algebra(pair),
             rank,
             tolerance,
             exact: options.exact,
@@ -362,6 +362,7 @@ impl<'a> Search<'a> {
             tensors: outgoing.written.tensors.len(),
             bytes: outgoing.bytes()?,
             seconds: self.start.elapsed().as_secs_f64(),
+            device: plan.device(&sorted.fitted),
             notices,
         };
         Ok((outgoing, report))

@@ -228,7 +228,7 @@ impl Report {
             threads,
             kernel: plan.kernel.name.to_owned(),
             device: plan.options.device.as_ref().map(|choice| MergeDevice {
-                chosen: DeviceReport::of(choice),
+                chosen: DeviceReport::of(choice, Ok(())),
                 work: None,
             }),
             undo: None,

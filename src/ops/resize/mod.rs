@@ -7,11 +7,12 @@
 use std::time::Instant;
 
 use super::convert;
+use super::device::{self, DeviceReport};
 use super::merge::Control;
 use super::workers::workers;
 use crate::error::{Error, Kind, Reason, Result};
-use crate::linalg::dense;
-use crate::pattern::Choice;
+use crate::linalg::{dense, device::Choice};
+use crate::pattern;
 
 mod measure;
 mod report;
@@ -42,6 +43,9 @@ pub struct Options {
     pub threads: Option<usize>,
     /// One of [`crate::linalg::dense::ALGEBRAS`] by name; the first if absent.
     pub algebra: Option<String>,
+    /// A device for the products of decompositions; the processor if absent. What is proved is the same, but not every
+    /// bit.
+    pub device: Option<Choice>,
 }
 
 /// How ranks are chosen. σ are the singular values of what a module adds, falling.
@@ -89,9 +93,11 @@ pub struct Plan {
 pub fn plan(options: &Options, control: &Control<'_>) -> Result<Plan> {
     let start = Instant::now();
     checked(options)?;
-    let algebra = dense::named(options.algebra.as_deref())?;
+    let processor = dense::named(options.algebra.as_deref())?;
+    let device = options.device.as_ref();
+    let (algebra, _) = device::algebra(device, processor, false);
     let conversion = convert::in_own_format(&options.conversion)?;
-    let choice = Choice::new(&conversion.only, &conversion.skip)?;
+    let choice = pattern::Choice::new(&conversion.only, &conversion.skip)?;
     // An output that cannot be written is told before the arithmetic.
     match convert::planned(&conversion, |_| Ok(Vec::new())) {
         Err(error) if error.kind() == Kind::Output => return Err(error),
@@ -105,7 +111,9 @@ pub fn plan(options: &Options, control: &Control<'_>) -> Result<Plan> {
         control,
     };
     let (conversion, found) = workers(options.threads)?.install(|| work.run())?;
-    let report = Report::new(&conversion, found, start.elapsed());
+    let mut report = Report::new(&conversion, found, start.elapsed());
+    let why = Err("products of factors are too small to gain by it");
+    report.device = device.map(|choice| DeviceReport::of(choice, why));
     Ok(Plan { conversion, report })
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::super::convert;
+use super::super::device::DeviceReport;
 use crate::formats::Loss;
 
 /// A resizing, told: the document of a conversion, and what became of the ranks.
@@ -23,6 +24,9 @@ pub struct Report {
     pub adapter_bytes: u64,
     /// How long it took to make.
     pub seconds: f64,
+    /// Where products of decompositions were computed, if that was to be chosen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceReport>,
 }
 
 /// A module and what became of it. Norms are Frobenius norms of what it adds at strength 1; of DoRA that is Δ in
@@ -99,6 +103,7 @@ impl Report {
             kept: found.kept,
             adapter_bytes: conversion.adapter_bytes(),
             seconds: took.as_secs_f64(),
+            device: None,
         }
     }
 }

@@ -23,7 +23,7 @@ pub(super) struct Work<'a> {
     pub(super) options: &'a Options,
     pub(super) conversion: &'a convert::Options,
     pub(super) choice: Choice,
-    pub(super) algebra: &'static dyn Algebra,
+    pub(super) algebra: &'a dyn Algebra,
     pub(super) control: &'a Control<'a>,
 }
 
@@ -142,7 +142,7 @@ impl Work<'_> {
     }
 
     pub(super) fn settings<'s>(
-        &self,
+        &'s self,
         rank: Rank,
         check: &'s (dyn Fn() -> Result<()> + Sync),
     ) -> Settings<'s> {
