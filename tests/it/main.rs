@@ -26,6 +26,8 @@ mod convert_values;
 mod definition;
 mod dense;
 mod devices;
+mod devices_extract;
+mod devices_support;
 mod extract;
 mod extract_refusals;
 mod families;

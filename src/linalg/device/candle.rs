@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Tensor, WithDType};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-use super::{LANES, Opening};
+use super::{LANES, Lanes, Opening};
 use crate::error::{Error, Reason, Result};
 use crate::linalg::dense::{Algebra, Dense, Held, Into, Real, Svd};
 
@@ -28,8 +28,6 @@ const HELD_SHARE: f64 = 0.75;
 /// Operations for each byte that is carried, below which the processor is done sooner: it computes some 200 GFLOP/s
 /// where a bus carries some 10 GB/s in both directions together.
 const WORTH: f64 = 20.0;
-
-type Lanes = Result<Vec<Box<dyn Algebra>>>;
 
 /// The processor, by candle's own products.
 pub(super) fn processor(_number: usize, opening: &Opening<'_>) -> Lanes {
@@ -387,7 +385,7 @@ impl<T: Number> Dense<T> for Lane {
         let product: Array2<T> = self.product(&left, &right)?;
         match how {
             Into::Place => c.assign(&product),
-            Into::Sum => c.zip_mut_with(&product, |sum, term| *sum = *sum + *term),
+            Into::Sum => c.zip_mut_with(&product, |sum, term| *sum += *term),
         }
         Ok(())
     }

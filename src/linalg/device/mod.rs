@@ -63,6 +63,9 @@ pub const LANES: usize = 2;
 /// The least memory that can be asked for, in bytes.
 pub const LEAST_MEMORY: u64 = 64 << 10;
 
+/// What opens of a device.
+type Lanes = Result<Vec<Box<dyn Algebra>>>;
+
 /// A kind of device.
 pub struct Kind {
     /// Its name in options, without a number.
@@ -75,7 +78,7 @@ pub struct Kind {
     pub numbered: bool,
     /// Whether it is faster than the processor where there is enough to do.
     pub faster: bool,
-    open: fn(usize, &Opening<'_>) -> Result<Vec<Box<dyn Algebra>>>,
+    open: fn(usize, &Opening<'_>) -> Lanes,
 }
 
 /// Every kind of device beside the processor; `auto` tries them in this order.
@@ -108,7 +111,7 @@ pub static KINDS: &[Kind] = &[
 
 /// Stands for what opens a device in builds without any; the table says so before it is called.
 #[cfg(not(feature = "candle"))]
-fn absent(_number: usize, opening: &Opening<'_>) -> Result<Vec<Box<dyn Algebra>>> {
+fn absent(_number: usize, opening: &Opening<'_>) -> Lanes {
     Err(Error::new(Reason::NoDevice {
         device: opening.name.to_owned(),
         problem: "it is not in this build".to_owned(),
