@@ -6,9 +6,13 @@
 
 use std::time::Instant;
 
-use loratool::linalg::dense::{ALGEBRAS, Dense, Into, Real};
+use loratool::linalg::dense::{Dense, Into, Real};
 use loratool::linalg::random::Random;
 use ndarray::{Array2, s};
+
+mod libraries;
+
+use libraries::libraries;
 
 const ROUNDS: usize = 9;
 
@@ -87,10 +91,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn main() {
-    let single: Vec<(&str, &dyn Dense<f32>)> =
-        ALGEBRAS.iter().map(|a| (a.name(), *a as _)).collect();
+    let all = libraries();
+    let single: Vec<(&str, &dyn Dense<f32>)> = all.iter().map(|a| (a.name(), *a as _)).collect();
     measure("f32", &single);
-    let double: Vec<(&str, &dyn Dense<f64>)> =
-        ALGEBRAS.iter().map(|a| (a.name(), *a as _)).collect();
+    let double: Vec<(&str, &dyn Dense<f64>)> = all.iter().map(|a| (a.name(), *a as _)).collect();
     measure("f64", &double);
 }

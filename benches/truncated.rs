@@ -8,10 +8,13 @@ use std::ops::Range;
 use std::time::Instant;
 
 use loratool::Result;
-use loratool::linalg::dense::ALGEBRAS;
 use loratool::linalg::random::Random;
 use loratool::linalg::truncated::{Blocks, Rank, Settings, truncated};
 use ndarray::Array2;
+
+mod libraries;
+
+use libraries::libraries;
 
 struct Dense(Array2<f32>);
 
@@ -65,7 +68,7 @@ fn main() {
         ("noise", 1, 1.0),
     ] {
         let matrix = matrix(size, signals, noise);
-        for algebra in ALGEBRAS {
+        for algebra in libraries() {
             for (how, tolerance, exact) in [
                 ("certified", Some(1e-3), false),
                 ("alone", None, false),
@@ -75,7 +78,7 @@ fn main() {
                     continue;
                 }
                 let settings = Settings {
-                    algebra: *algebra,
+                    algebra,
                     rank: Rank::Fixed(rank),
                     tolerance,
                     exact,

@@ -97,7 +97,7 @@ fn until(numbers: impl Iterator<Item = f64>, wanted: f64, most: usize) -> (usize
 /// How a decomposition is made.
 #[derive(Clone, Copy)]
 pub struct Settings<'a> {
-    /// The library of dense linear algebra.
+    /// The library of dense linear algebra, or a device: what is proved assumes no order of sums. Bits are not the same.
     pub algebra: &'a dyn Algebra,
     /// Which rank.
     pub rank: Rank,

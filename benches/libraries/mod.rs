@@ -1,0 +1,16 @@
+//! What the benchmarks compare.
+
+use loratool::linalg::dense::{ALGEBRAS, Algebra};
+use loratool::linalg::device::Device;
+
+/// Every library of the build, and the device that is the processor.
+pub(crate) fn libraries() -> Vec<&'static dyn Algebra> {
+    let mut all = ALGEBRAS.to_vec();
+    if cfg!(feature = "candle") {
+        let device = Device::open("candle-cpu", None, ALGEBRAS[0]).expect("it is in this build");
+        // One, and as good as static.
+        let device: &'static Device = Box::leak(Box::new(device));
+        all.push(device.algebra());
+    }
+    all
+}
