@@ -148,7 +148,9 @@ impl Devices {
     /// The device that was asked for; `algebra` factorises beside it.
     fn choice(&self, algebra: Option<&str>) -> Result<Option<Choice>, Error> {
         let memory = self.device_memory.as_deref().map(size).transpose()?;
-        Choice::named(&self.device, memory, named(algebra)?)
+        let choice = Choice::named(&self.device, memory, named(algebra)?)?;
+        let is_on = |name: &str| std::env::var(name).is_ok_and(|value| value != "0");
+        choice.map(|choice| choice.checked(is_on)).transpose()
     }
 }
 

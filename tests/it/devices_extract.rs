@@ -17,7 +17,7 @@ use safetensors::Dtype;
 use tempfile::TempDir;
 
 use crate::combine::{assert_close, changes, combination};
-use crate::devices_support::{automatic, devices, faulty};
+use crate::devices_support::{Faulty, automatic, devices, faulty};
 use crate::oracle::Stored;
 use crate::resize::by;
 use crate::support::{Random, fixture, write_safetensors};
@@ -157,6 +157,33 @@ fn the_number_of_threads_does_not_change_what_a_device_makes() {
             std::fs::remove_dir_all(folder.path().join("2")).ok();
             assert!(bytes(threads) == one, "{device:?}: {threads} threads");
         }
+    }
+}
+
+#[test]
+fn a_device_that_the_environment_makes_round_more_is_refused() {
+    let named = |name: &str| {
+        let lane = Faulty::new(ALGEBRAS[0], 0);
+        Device::new(name, vec![Box::new(lane)])
+    };
+    let shortens = |name: &str| name == "NVIDIA_TF32_OVERRIDE";
+    for name in ["cuda", "cuda:1"] {
+        let choice = || Choice::of(named(name));
+        assert!(choice().checked(|_| false).unwrap().device.is_some());
+        let error = choice().checked(shortens).unwrap_err();
+        assert!(matches!(error.reason(), Reason::NoDevice { device, .. } if device == name));
+        assert_eq!(error.hint(), Some("run it with NVIDIA_TF32_OVERRIDE=0"));
+        let choice = automatic(Some(named(name))).checked(shortens).unwrap();
+        assert!(choice.device.is_none());
+        assert!(
+            choice.reason.contains("NVIDIA_TF32_OVERRIDE"),
+            "{}",
+            choice.reason
+        );
+    }
+    for name in ["metal", "candle-cpu", "faulty"] {
+        let choice = Choice::of(named(name)).checked(|_| true).unwrap();
+        assert!(choice.device.is_some(), "{name}");
     }
 }
 

@@ -78,6 +78,9 @@ pub struct Kind {
     pub numbered: bool,
     /// Whether it is faster than the processor where there is enough to do.
     pub faster: bool,
+    /// Variables of the environment that make its library compute with less than the format that is asked for, where
+    /// they are not 0. Nothing here reads the environment: see [`Choice::checked`].
+    pub shortening: &'static [&'static str],
     open: fn(usize, &Opening<'_>) -> Lanes,
 }
 
@@ -89,6 +92,11 @@ pub static KINDS: &[Kind] = &[
         built: cfg!(feature = "cuda"),
         numbered: true,
         faster: true,
+        shortening: &[
+            "NVIDIA_TF32_OVERRIDE",
+            "CUBLAS_EMULATE_SINGLE_PRECISION",
+            "CUBLAS_EMULATE_DOUBLE_PRECISION",
+        ],
         open: cuda,
     },
     Kind {
@@ -97,6 +105,7 @@ pub static KINDS: &[Kind] = &[
         built: cfg!(feature = "metal"),
         numbered: true,
         faster: true,
+        shortening: &[],
         open: metal,
     },
     Kind {
@@ -105,6 +114,7 @@ pub static KINDS: &[Kind] = &[
         built: cfg!(feature = "candle"),
         numbered: false,
         faster: false,
+        shortening: &[],
         open: processor,
     },
 ];
@@ -333,6 +343,31 @@ impl Choice {
             PROCESSOR => Ok(None),
             AUTO => Ok(Some(Self::automatic(memory, factorisations))),
             name => Ok(Some(Self::of(Device::open(name, memory, factorisations)?))),
+        }
+    }
+
+    /// Refuses a device whose library the environment tells to compute with less than the format that is asked for, of
+    /// which no bound of an error holds; `auto` does without it. `is_on` says whether a variable is set, and not to 0.
+    ///
+    /// # Errors
+    /// [`Reason::NoDevice`].
+    pub fn checked(self, is_on: impl Fn(&str) -> bool) -> Result<Self> {
+        let device = self.device.as_ref().map(Device::name).unwrap_or_default();
+        let shortening = find(device).map_or(&[][..], |(kind, _)| kind.shortening);
+        let Some(variable) = shortening.iter().find(|name| is_on(name)) else {
+            return Ok(self);
+        };
+        let reason = Reason::NoDevice {
+            device: device.to_owned(),
+            problem: format!("the variable {variable} makes it round more than its formats do"),
+        };
+        match self.only_if_faster {
+            true => Ok(Choice {
+                device: None,
+                reason: reason.to_string(),
+                ..self
+            }),
+            false => Err(Error::new(reason).with_hint(format!("run it with {variable}=0"))),
         }
     }
 
