@@ -2,18 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use loratool::linalg::dense::{ALGEBRAS, Algebra, Dense, Into, Real, Svd};
-use loratool::linalg::device::{Choice, Device, LANES};
+use loratool::linalg::dense::ALGEBRAS;
+use loratool::linalg::device::{Choice, Device};
 use loratool::ops::merge::{Control, MergeDevice, Options, Report, plan};
 use loratool::tensor::Float;
-use loratool::{Error, Kind, Reason, Result};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use loratool::{Kind, Reason, Result};
 use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::json;
 
+use crate::devices_support::{Twist, Twisted};
 use crate::goldens::cases;
 use crate::hostile_support::{Room, tree};
 use crate::kernels::scene;
@@ -21,145 +21,20 @@ use crate::oracle::Stored;
 use crate::support::{Random, algebras, fixture, merge, options, write_adapter, write_base};
 use crate::undo::{elements, few};
 
-/// A library whose products another makes, and that a test may twist.
-struct Twisted {
-    inner: &'static dyn Algebra,
-    has_doubles: bool,
-    /// Moves every element by nearly as much as the bound of its error allows, up or down.
-    noise: bool,
-    /// Rounds factors to eleven digits first, as TF32 does.
-    short: bool,
-    /// Takes subnormal numbers for zero, wherever they are read or made.
-    flushes: bool,
-    /// Products that are made before all others fail.
-    lasts: AtomicUsize,
-}
-
-impl Twisted {
-    fn of(inner: &'static dyn Algebra) -> Self {
-        Twisted {
-            inner,
-            has_doubles: true,
-            noise: false,
-            short: false,
-            flushes: false,
-            lasts: AtomicUsize::new(usize::MAX),
-        }
-    }
-
-    /// A device of such lanes.
-    fn device(name: &str, lane: impl Fn() -> Twisted) -> Device {
-        let boxed = |_| -> Box<dyn Algebra> { Box::new(lane()) };
-        Device::new(name, (0..LANES).map(boxed).collect())
-    }
-}
-
-impl Algebra for Twisted {
-    fn name(&self) -> &str {
-        "twisted"
-    }
-
-    fn has_doubles(&self) -> bool {
-        self.has_doubles
-    }
-
-    fn uses_threads(&self) -> bool {
-        self.inner.uses_threads()
-    }
-}
-
-/// Products by the library inside, twisted; everything else is its own.
-macro_rules! dense {
-    ($($type:ty),*) => { $(
-        impl Dense<$type> for Twisted {
-            fn multiply(
-                &self,
-                a: ArrayView2<'_, $type>,
-                b: ArrayView2<'_, $type>,
-                mut c: ArrayViewMut2<'_, $type>,
-                how: Into,
-            ) -> Result<()> {
-                if self.lasts.fetch_sub(1, Ordering::Relaxed) == 0 {
-                    let (device, problem) = ("twisted".to_owned(), "it was unplugged".to_owned());
-                    return Err(Error::new(Reason::DeviceFailed { device, problem }));
-                }
-                let inner: &dyn Dense<$type> = self.inner;
-                if self.flushes {
-                    let flushed = |value: $type| if value.is_subnormal() { 0.0 } else { value };
-                    let (a, b) = (a.mapv(flushed), b.mapv(flushed));
-                    inner.multiply(a.view(), b.view(), c.view_mut(), how)?;
-                    c.mapv_inplace(flushed);
-                    return Ok(());
-                }
-                if self.short {
-                    let digits = |value: $type| {
-                        let unit = 2f64.powi(value.widened().abs().log2().floor() as i32 - 10);
-                        <$type>::rounded((value.widened() / unit).round() * unit)
-                    };
-                    return inner.multiply(a.mapv(digits).view(), b.mapv(digits).view(), c, how);
-                }
-                inner.multiply(a, b, c.view_mut(), how)?;
-                if self.noise {
-                    add_noise(a, b, c);
-                }
-                Ok(())
-            }
-
-            fn thin_qr(&self, a: ArrayView2<'_, $type>) -> Result<(Array2<$type>, Array2<$type>)> {
-                self.inner.thin_qr(a)
-            }
-
-            fn thin_svd(&self, a: ArrayView2<'_, $type>) -> Result<Svd<$type>> {
-                self.inner.thin_svd(a)
-            }
-
-            fn eigh(&self, a: ArrayView2<'_, $type>) -> Result<(Vec<$type>, Array2<$type>)> {
-                self.inner.eigh(a)
-            }
-
-            fn eigenvalues(&self, a: ArrayView2<'_, $type>) -> Result<Vec<$type>> {
-                self.inner.eigenvalues(a)
-            }
-        }
-    )* };
-}
-
-dense!(f32, f64);
-
-/// Nine tenths of what products and sums of this length may be off, with either sign.
-fn add_noise<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>) {
-    let norm = |line: ndarray::ArrayView1<'_, T>| {
-        let squares = line.iter().map(|value| value.widened().powi(2));
-        squares.sum::<f64>().sqrt()
-    };
-    let (rows, columns): (Vec<f64>, Vec<f64>) = (
-        a.rows().into_iter().map(norm).collect(),
-        b.columns().into_iter().map(norm).collect(),
-    );
-    let mut random = Random(7);
-    // The inner product's own error, and the rounding of what is added here, need room in a short chain.
-    let share = (0.9 * a.ncols() as f64 - 1.0).max(0.0) * T::ROUNDOFF / 2.0;
-    for ((row, column), value) in c.indexed_iter_mut() {
-        let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
-        let noise = sign * share * rows[row] * columns[column];
-        *value = T::rounded(value.widened() + noise);
-    }
-}
-
 /// A device that is the first library of this build.
 pub(crate) fn plain() -> Device {
     Twisted::device("plain", || Twisted::of(ALGEBRAS[0]))
 }
 
 /// Every library with f64 and as if it had none; noisy, or as it is.
-fn libraries(noise: bool) -> Vec<Device> {
+fn libraries(twist: Twist) -> Vec<Device> {
     let mut devices = Vec::new();
     for inner in algebras() {
         for has_doubles in [true, false] {
-            let name = format!("{}, f64: {has_doubles}, noise: {noise}", inner.name());
+            let name = format!("{}, f64: {has_doubles}, {twist:?}", inner.name());
             devices.push(Twisted::device(&name, || Twisted {
                 has_doubles,
-                noise,
+                twist,
                 ..Twisted::of(inner)
             }));
         }
@@ -169,10 +44,10 @@ fn libraries(noise: bool) -> Vec<Device> {
 
 /// Devices that need no hardware: every library as noisy as its bound allows, one like Metal, and those of the build.
 fn devices() -> Vec<Device> {
-    let mut devices = libraries(true);
+    let mut devices = libraries(Twist::Noise);
     devices.push(Twisted::device("flushing", || Twisted {
         has_doubles: false,
-        flushes: true,
+        twist: Twist::Flushes,
         ..Twisted::of(ALGEBRAS[0])
     }));
     if cfg!(feature = "candle") {
@@ -344,7 +219,7 @@ fn few_elements_are_left_to_the_definition_and_they_are_counted() {
             (Dtype::F16, 2e-3, Some(1e-1)),
         ] {
             let options = one_layer(&room, dtype, [160, 500, rank], 0.1);
-            for device in devices().into_iter().chain(libraries(false)) {
+            for device in devices().into_iter().chain(libraries(Twist::Nothing)) {
                 same_everywhere(&options, std::slice::from_ref(&device));
                 let report = on(&device, &options).unwrap();
                 let work = of(&report).work.clone().unwrap();
@@ -438,10 +313,10 @@ fn a_device_that_fails_in_mid_run_leaves_the_old_output_as_it_was() {
     merge(&options).unwrap();
     let (before, names) = (bytes(&options.output), room.names());
     for inner in algebras() {
-        for lasts in [0, 1] {
+        for fails_at in [0, 1] {
             for threads in [1, 3] {
                 let device = Twisted::device("twisted", || Twisted {
-                    lasts: AtomicUsize::new(lasts),
+                    fails_at,
                     ..Twisted::of(inner)
                 });
                 let options = Options {
@@ -607,8 +482,8 @@ proptest! {
 #[test]
 fn a_device_that_rounds_its_inputs_is_refused_when_it_is_opened() {
     for inner in algebras() {
-        let honest = [false, true].map(|noise| Twisted {
-            noise,
+        let honest = [Twist::Nothing, Twist::Noise, Twist::OneByOne].map(|twist| Twisted {
+            twist,
             ..Twisted::of(inner)
         });
         for lane in honest {
@@ -618,7 +493,7 @@ fn a_device_that_rounds_its_inputs_is_refused_when_it_is_opened() {
         }
         for has_doubles in [false, true] {
             let lane = Twisted {
-                short: true,
+                twist: Twist::Short,
                 has_doubles,
                 ..Twisted::of(inner)
             };

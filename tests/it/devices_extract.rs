@@ -17,7 +17,7 @@ use safetensors::Dtype;
 use tempfile::TempDir;
 
 use crate::combine::{assert_close, changes, combination};
-use crate::devices_support::{Faulty, automatic, devices, faulty};
+use crate::devices_support::{Twisted, automatic, devices, faulty};
 use crate::oracle::Stored;
 use crate::resize::by;
 use crate::support::{Random, fixture, write_safetensors};
@@ -163,7 +163,7 @@ fn the_number_of_threads_does_not_change_what_a_device_makes() {
 #[test]
 fn a_device_that_the_environment_makes_round_more_is_refused() {
     let named = |name: &str| {
-        let lane = Faulty::new(ALGEBRAS[0], 0);
+        let lane = Twisted::of(ALGEBRAS[0]);
         Device::new(name, vec![Box::new(lane)])
     };
     let shortens = |name: &str| name == "NVIDIA_TF32_OVERRIDE";

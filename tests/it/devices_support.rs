@@ -1,45 +1,57 @@
-//! Devices that need no hardware: what computes elsewhere, may fail on the way, and sums in the plainest order.
+//! Devices that need no hardware: libraries whose products are those of another, twisted, or fail on the way.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use loratool::linalg::dense::{ALGEBRAS, Algebra, Dense, Held, Into, Real, Svd};
-use loratool::linalg::device::{Choice, Device};
+use loratool::linalg::device::{Choice, Device, LANES};
 use loratool::{Error, Reason, Result};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
-/// A library that computes as another does, until a product fails as on a device. It holds what it is given.
-pub(crate) struct Faulty {
-    inner: &'static dyn Algebra,
-    /// The product that fails, and all behind it.
-    fails_at: usize,
-    /// Adds one product of elements after the other, the last first, instead of what the other library does.
-    one_by_one: bool,
-    products: Arc<AtomicUsize>,
+use crate::support::Random;
+
+/// What becomes of products.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Twist {
+    /// They are those of the library inside.
+    Nothing,
+    /// Every element moves by nearly as much as the bound of its error allows, up or down.
+    Noise,
+    /// Subnormal numbers are taken for zero, wherever they are read or made.
+    Flushes,
+    /// Factors are rounded to eleven digits first, as by TF32.
+    Short,
+    /// One term is added after the other, the last first.
+    OneByOne,
 }
 
-impl Faulty {
-    /// The library's products before `fails_at`.
-    pub(crate) fn new(inner: &'static dyn Algebra, fails_at: usize) -> Self {
-        Faulty {
-            inner,
-            fails_at,
-            one_by_one: false,
-            products: Arc::new(AtomicUsize::new(0)),
-        }
-    }
-
-    /// One that never fails, and whose sums round as much as any order makes them.
-    pub(crate) fn one_by_one() -> Self {
-        Faulty {
-            one_by_one: true,
-            ..Faulty::new(ALGEBRAS[0], usize::MAX)
-        }
-    }
-
+/// A library whose products another makes, twisted, until one fails as on a device. It holds what it is given.
+pub(crate) struct Twisted {
+    pub(crate) inner: &'static dyn Algebra,
+    pub(crate) twist: Twist,
+    pub(crate) has_doubles: bool,
+    /// The product that fails, and all behind it.
+    pub(crate) fails_at: usize,
     /// How many products there were.
-    pub(crate) fn products(&self) -> Arc<AtomicUsize> {
-        self.products.clone()
+    pub(crate) products: Arc<AtomicUsize>,
+}
+
+impl Twisted {
+    /// The library as it is.
+    pub(crate) fn of(inner: &'static dyn Algebra) -> Self {
+        Twisted {
+            inner,
+            twist: Twist::Nothing,
+            has_doubles: true,
+            fails_at: usize::MAX,
+            products: Arc::default(),
+        }
+    }
+
+    /// A device of such lanes.
+    pub(crate) fn device(name: &str, lane: impl Fn() -> Twisted) -> Device {
+        let boxed = |_| -> Box<dyn Algebra> { Box::new(lane()) };
+        Device::new(name, (0..LANES).map(boxed).collect())
     }
 
     /// Counts a product.
@@ -53,12 +65,58 @@ impl Faulty {
             })),
         }
     }
+
+    fn product<T: Real>(
+        &self,
+        inner: &dyn Dense<T>,
+        a: ArrayView2<'_, T>,
+        b: ArrayView2<'_, T>,
+        mut c: ArrayViewMut2<'_, T>,
+        how: Into,
+    ) -> Result<()> {
+        self.next()?;
+        let smallest = match T::ROUNDOFF == f32::ROUNDOFF {
+            true => f64::from(f32::MIN_POSITIVE),
+            false => f64::MIN_POSITIVE,
+        };
+        let flushed = |value: T| match value.widened().abs() < smallest {
+            true => T::zero(),
+            false => value,
+        };
+        match self.twist {
+            Twist::Nothing => inner.multiply(a, b, c, how)?,
+            Twist::Noise => {
+                inner.multiply(a, b, c.view_mut(), how)?;
+                add_noise(a, b, c);
+            }
+            Twist::Flushes => {
+                let (a, b) = (a.mapv(flushed), b.mapv(flushed));
+                inner.multiply(a.view(), b.view(), c.view_mut(), how)?;
+                c.mapv_inplace(flushed);
+            }
+            Twist::Short => {
+                let (a, b) = (a.mapv(shortened), b.mapv(shortened));
+                inner.multiply(a.view(), b.view(), c, how)?;
+            }
+            Twist::OneByOne => one_by_one(a, b, c, how),
+        }
+        Ok(())
+    }
+}
+
+/// To eleven binary digits.
+fn shortened<T: Real>(value: T) -> T {
+    let unit = 2f64.powi(value.widened().abs().log2().floor().max(-900.0) as i32 - 10);
+    T::rounded((value.widened() / unit).round() * unit)
 }
 
 /// A device of one lane that fails at a product, and how many products there were.
 pub(crate) fn faulty(fails_at: usize) -> (Device, Arc<AtomicUsize>) {
-    let lane = Faulty::new(ALGEBRAS[0], fails_at);
-    let products = lane.products();
+    let lane = Twisted {
+        fails_at,
+        ..Twisted::of(ALGEBRAS[0])
+    };
+    let products = lane.products.clone();
     (Device::new("faulty", vec![Box::new(lane)]), products)
 }
 
@@ -80,15 +138,23 @@ pub(crate) fn automatic(device: Option<Device>) -> Choice {
     }
 }
 
-impl Algebra for Faulty {
+impl Algebra for Twisted {
     fn name(&self) -> &str {
-        "faulty"
+        "twisted"
+    }
+
+    fn has_doubles(&self) -> bool {
+        self.has_doubles
+    }
+
+    fn uses_threads(&self) -> bool {
+        self.inner.uses_threads()
     }
 }
 
 macro_rules! of_numbers {
     ($number:ty) => {
-        impl Dense<$number> for Faulty {
+        impl Dense<$number> for Twisted {
             fn multiply(
                 &self,
                 a: ArrayView2<'_, $number>,
@@ -96,12 +162,8 @@ macro_rules! of_numbers {
                 c: ArrayViewMut2<'_, $number>,
                 how: Into,
             ) -> Result<()> {
-                self.next()?;
-                match self.one_by_one {
-                    true => one_by_one(a, b, c, how),
-                    false => self.inner.multiply(a, b, c, how)?,
-                }
-                Ok(())
+                let inner: &dyn Dense<$number> = self.inner;
+                self.product(inner, a, b, c, how)
             }
 
             fn hold<'a>(
@@ -139,6 +201,26 @@ macro_rules! of_numbers {
 
 of_numbers!(f32);
 of_numbers!(f64);
+
+/// Nine tenths of what products and sums of this length may be off, with either sign.
+fn add_noise<T: Real>(a: ArrayView2<'_, T>, b: ArrayView2<'_, T>, mut c: ArrayViewMut2<'_, T>) {
+    let norm = |line: ArrayView1<'_, T>| {
+        let squares = line.iter().map(|value| value.widened().powi(2));
+        squares.sum::<f64>().sqrt()
+    };
+    let (rows, columns): (Vec<f64>, Vec<f64>) = (
+        a.rows().into_iter().map(norm).collect(),
+        b.columns().into_iter().map(norm).collect(),
+    );
+    let mut random = Random(7);
+    // The inner product's own error, and the rounding of what is added here, need room in a short chain.
+    let share = (0.9 * a.ncols() as f64 - 1.0).max(0.0) * T::ROUNDOFF / 2.0;
+    for ((row, column), value) in c.indexed_iter_mut() {
+        let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
+        let noise = sign * share * rows[row] * columns[column];
+        *value = T::rounded(value.widened() + noise);
+    }
+}
 
 /// Sums that begin at the end, one term after the other.
 fn one_by_one<T: Real>(

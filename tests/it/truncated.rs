@@ -8,7 +8,7 @@ use loratool::linalg::random::Random;
 use loratool::linalg::truncated::{Blocks, Proof, Rank, Settings, Truncation, truncated};
 use ndarray::{Array2, s};
 
-use crate::devices_support::Faulty;
+use crate::devices_support::{Twist, Twisted};
 use crate::support::algebras;
 
 struct Matrix(Array2<f64>);
@@ -163,7 +163,10 @@ fn orthonormal(vectors: &Array2<f64>, what: &str) {
 fn the_residual_is_within_what_is_proved_of_the_best() {
     let mut proved = 0;
     // The allowance for rounding is to be enough in whatever order a library or a device sums.
-    let plain: &'static Faulty = Box::leak(Box::new(Faulty::one_by_one()));
+    let plain: &'static Twisted = Box::leak(Box::new(Twisted {
+        twist: Twist::OneByOne,
+        ..Twisted::of(ALGEBRAS[0])
+    }));
     let mut libraries = algebras();
     libraries.push(plain);
     for (what, matrix) in matrices() {
