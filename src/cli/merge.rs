@@ -238,8 +238,7 @@ fn print(report: &Report) {
 }
 
 fn add_device(fields: &mut Fields, device: &MergeDevice) {
-    let chosen = &device.chosen;
-    fields.add("device", format!("{} ({})", chosen.device, chosen.reason));
+    fields.add_device(Some(&device.chosen));
     let Some(work) = &device.work else { return };
     if work.tensors > 0 {
         let text = format!(

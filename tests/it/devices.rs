@@ -256,7 +256,7 @@ fn where_every_value_is_a_tie_every_element_is_left_to_the_definition() {
         weights.push(weight);
         deltas.push(1.0 / 256.0);
     }
-    let identity = |index: usize| f64::from(u8::from(index % (size + 1) == 0));
+    let identity = |index: usize| f64::from(u8::from(index.is_multiple_of(size + 1)));
     let identity: Vec<f64> = (0..size * size).map(identity).collect();
     write_base(
         &room.path("base"),

@@ -163,7 +163,7 @@ fn orthonormal(vectors: &Array2<f64>, what: &str) {
 fn the_residual_is_within_what_is_proved_of_the_best() {
     let mut proved = 0;
     // The allowance for rounding is to be enough in whatever order a library or a device sums.
-    let plain: &'static Twisted = Box::leak(Box::new(Twisted {
+    let plain: &'static dyn Algebra = Box::leak(Box::new(Twisted {
         twist: Twist::OneByOne,
         ..Twisted::of(ALGEBRAS[0])
     }));
@@ -175,6 +175,10 @@ fn the_residual_is_within_what_is_proved_of_the_best() {
         for algebra in libraries.iter().copied() {
             for rank in [1, 8, 20] {
                 for tolerance in [Some(0.3), Some(1e-2), Some(1e-3), None] {
+                    // Loops as plain as that take long.
+                    if algebra.name() == plain.name() && (rank, tolerance) != (8, Some(1e-3)) {
+                        continue;
+                    }
                     let what = format!("{what}, {}, rank {rank}, {tolerance:?}", algebra.name());
                     let blocks = Matrix(matrix.clone());
                     let found =
