@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::json;
 
-use crate::devices_support::{Twist, Twisted};
+use crate::devices_support::{Twist, Twisted, gpu};
 use crate::goldens::cases;
 use crate::hostile_support::{Room, tree};
 use crate::kernels::scene;
@@ -54,6 +54,7 @@ fn devices() -> Vec<Device> {
         let open = |memory| Device::open("candle-cpu", memory, ALGEBRAS[0]).unwrap();
         devices.extend([open(None), open(Some(128 << 10))]);
     }
+    devices.extend(gpu());
     devices
 }
 
@@ -507,37 +508,15 @@ fn a_device_that_rounds_its_inputs_is_refused_when_it_is_opened() {
     }
 }
 
-/// The device of a name, where the machine has it; a failure where `LORATOOL_REQUIRE_GPU` asks for one.
-fn gpu(name: &str) -> Option<Device> {
-    match Device::open(name, None, ALGEBRAS[0]) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            let required = std::env::var("LORATOOL_REQUIRE_GPU").is_ok_and(|value| value == "1");
-            assert!(!required, "a GPU is required: {error}");
-            println!("skipped: {error}");
-            None
-        }
-    }
-}
-
+/// Small models are with those of every device above.
 #[test]
-fn a_gpu_gives_the_same_bytes_where_there_is_one() {
-    let name = if cfg!(feature = "metal") {
-        "metal"
-    } else {
-        "cuda"
-    };
-    let Some(device) = gpu(name) else { return };
+fn a_gpu_gives_the_same_bytes_of_large_layers_where_there_is_one() {
+    let Some(device) = gpu() else { return };
     let room = Room::new();
     for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
         for rank in [16, 64, 256] {
             let options = one_layer(&room, dtype, [4096, 4096, rank], 0.01);
             same_everywhere(&options, std::slice::from_ref(&device));
         }
-    }
-    for case in cases() {
-        let mut options = options(&case.base, &case.folder.join("adapter"), &room.path("o"));
-        options.force = true;
-        same_everywhere(&options, std::slice::from_ref(&device));
     }
 }

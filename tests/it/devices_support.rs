@@ -126,7 +126,25 @@ pub(crate) fn devices() -> Vec<Device> {
     if cfg!(feature = "candle") {
         devices.push(Device::open("candle-cpu", None, ALGEBRAS[0]).expect("it is in this build"));
     }
+    devices.extend(gpu());
     devices
+}
+
+/// The GPU that the build and the machine have; a failure without one where `LORATOOL_REQUIRE_GPU` is 1.
+pub(crate) fn gpu() -> Option<Device> {
+    let name = match cfg!(feature = "metal") {
+        true => "metal",
+        false => "cuda",
+    };
+    match Device::open(name, None, ALGEBRAS[0]) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            let required = std::env::var("LORATOOL_REQUIRE_GPU").is_ok_and(|value| value == "1");
+            assert!(!required, "a GPU is required: {error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
 }
 
 /// A device that is used where something gains by it.
