@@ -26,8 +26,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 const LARGE: usize = 1 << 20;
 
 /// Length of the chains of an element, for each thread and each byte that is carried, from which a device is done
-/// sooner: a thread computes some 20 GFLOP/s in f64 where a bus carries some 10 GB/s. An estimate: no GPU was at hand.
-const LENGTH_PER_BYTE: usize = 1;
+/// sooner: a thread computes some 46 GFLOP/s in f64 (`docs/benchmarks.md`) where a bus carries some 10 GB/s. An estimate: no
+/// GPU was at hand.
+const LENGTH_PER_BYTE: usize = 2;
 
 /// Where tensors may be evaluated beside the processor.
 #[derive(Clone, Copy)]
