@@ -96,25 +96,21 @@ impl<'a> Candidates<'a> {
             matrix = matrix.as_standard_layout().into_owned();
         }
         let of_doubles = gamma(f64::ROUNDOFF, length);
-        let (single, double) = (f64::from(f32::MIN_POSITIVE), f64::MIN_POSITIVE);
-        // The definition's own error counts as well; and where short chains are added up, that of their sum.
-        let (gamma, smallest, relative) = match precision {
-            Precision::Doubles => (2.0 * of_doubles, double, 0.0),
-            Precision::DoublesToSingles => (2.0 * of_doubles, double, f32::ROUNDOFF * INFLATION),
-            Precision::Singles => (
-                gamma(f32::ROUNDOFF, SHORT.min(length)) + 3.0 * of_doubles,
-                single,
-                0.0,
-            ),
+        // The definition's own error counts as well; and where short chains are added up, that of their sum. An entry that
+        // becomes zero takes at most the smallest normal number of its type times each entry of the other factor, which
+        // `γ · more` covers.
+        let (gamma, more) = match precision {
+            Precision::Doubles | Precision::DoublesToSingles => (2.0 * of_doubles, 2f64.powi(-960)),
+            Precision::Singles => {
+                let of_singles = gamma(f32::ROUNDOFF, SHORT.min(length));
+                (of_singles + 3.0 * of_doubles, 2f64.powi(-90))
+            }
         };
-        // What becomes zero takes at most `smallest` times each entry of the other factor; `γ · more ≥ smallest`.
-        let more = match precision {
-            Precision::Singles => 2f64.powi(-90),
-            _ => 2f64.powi(-960),
-        };
-        let smallest = match precision {
-            Precision::DoublesToSingles => single,
-            _ => smallest,
+        // What becomes zero among results, and what carrying rounds.
+        let (smallest, relative) = match precision {
+            Precision::Doubles => (f64::MIN_POSITIVE, 0.0),
+            Precision::DoublesToSingles => (f32::MIN_POSITIVE.into(), f32::ROUNDOFF * INFLATION),
+            Precision::Singles => (f32::MIN_POSITIVE.into(), 0.0),
         };
         let columns = norms(matrix.view(), Axis(0), more).into();
         let right = match precision {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::linalg::dense::Algebra;
 use crate::linalg::device::{Choice, PROCESSOR};
 
-/// Elements of the smallest layer whose decomposition gains by a device.
+/// Elements of the smallest layer that gains by a device. A merge asks for a rank as well.
 ///
 /// An estimate from what carrying costs, not measured on a GPU: a layer of 2²⁰ elements is 4 MiB of f32, which a bus of
 /// 10 GB/s carries in 0.4 ms. Some twenty products of it with 48 vectors are 2 GFLOP, 10 ms at the 200 GFLOP/s of a

@@ -45,6 +45,8 @@ mod hostile_zip;
 mod kernels;
 mod key_lists;
 mod laws;
+#[path = "../../benches/libraries/mod.rs"]
+mod libraries;
 mod llm_formats;
 mod llm_goldens;
 mod lycoris;

@@ -3,24 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use loratool::containers::TensorFile;
-use loratool::linalg::dense::{ALGEBRAS, Algebra};
-use loratool::linalg::device::Device;
 use loratool::ops::merge::{Control, Options, Report, Selection, plan};
 use loratool::tensor::Tensor;
 
+pub(crate) use crate::libraries::libraries as algebras;
 use crate::oracle::Stored;
-
-/// Every library of linear algebra that needs no hardware: those of the build, and the device that is the processor.
-pub(crate) fn algebras() -> Vec<&'static dyn Algebra> {
-    let mut all = ALGEBRAS.to_vec();
-    if cfg!(feature = "candle") {
-        let device = Device::open("candle-cpu", None, ALGEBRAS[0]).expect("it is in this build");
-        // Few, and as good as static.
-        let device: &'static Device = Box::leak(Box::new(device));
-        all.push(device.algebra());
-    }
-    all
-}
 
 /// A path below `fixtures/`.
 pub(crate) fn fixture(path: &str) -> PathBuf {

@@ -90,17 +90,7 @@ fn lanes(
     let memory = memory.unwrap_or(PROCESSOR_MEMORY) / LANES as u64;
     let memory = usize::try_from(memory).unwrap_or(usize::MAX);
     let lane = |device| -> Box<dyn Algebra> {
-        Box::new(Lane {
-            name: name.to_owned(),
-            device,
-            memory,
-            held: AtomicUsize::new(0),
-            piece: AtomicUsize::new(usize::MAX),
-            turn: Mutex::new(()),
-            factorisations: opening.factorisations,
-            #[cfg(test)]
-            capacity: usize::MAX,
-        })
+        Box::new(Lane::new(name, device, memory, opening.factorisations))
     };
     Ok(devices.into_iter().map(lane).collect())
 }
@@ -205,6 +195,25 @@ fn cut<T: Number>(a: &Factor<'_, T>, b: &Factor<'_, T>, limit: usize) -> (usize,
 }
 
 impl Lane {
+    fn new(
+        name: &str,
+        device: Device,
+        memory: usize,
+        factorisations: &'static dyn Algebra,
+    ) -> Self {
+        Lane {
+            name: name.to_owned(),
+            device,
+            memory,
+            held: AtomicUsize::new(0),
+            piece: AtomicUsize::new(usize::MAX),
+            turn: Mutex::new(()),
+            factorisations,
+            #[cfg(test)]
+            capacity: usize::MAX,
+        }
+    }
+
     /// Bytes of matrices that may be held.
     fn room_to_hold(&self) -> usize {
         (self.memory as f64 * HELD_SHARE) as usize
@@ -518,14 +527,8 @@ mod tests {
     /// A lane on the processor with so much memory, where copies of more bytes than `capacity` find no room.
     fn lane(memory: usize, capacity: usize) -> Lane {
         Lane {
-            name: "lane".to_owned(),
-            device: Device::Cpu,
-            memory,
-            held: AtomicUsize::new(0),
-            piece: AtomicUsize::new(usize::MAX),
-            turn: Mutex::new(()),
-            factorisations: &FAER,
             capacity,
+            ..Lane::new("lane", Device::Cpu, memory, &FAER)
         }
     }
 

@@ -14,6 +14,7 @@ use crate::adapter::evaluate::Recipe;
 use crate::error::{Error, Reason, Result};
 use crate::linalg::dense::Algebra;
 use crate::linalg::device::{Choice, Device};
+use crate::ops::device::LARGE;
 use crate::tensor::Float;
 
 /// Chunks that a lane may be ahead, beside the one that it computes.
@@ -21,9 +22,6 @@ const WAITING: usize = 1;
 
 /// How long a thread sleeps that has nothing else to do.
 const PAUSE: Duration = Duration::from_millis(1);
-
-/// Fewest elements of a tensor for which a device is worth its while.
-const LARGE: usize = 1 << 20;
 
 /// Length of the chains of an element, for each thread and each byte that is carried, from which a device is done
 /// sooner: a thread computes some 46 GFLOP/s in f64 (`docs/benchmarks.md`) where a bus carries some 10 GB/s. An estimate: no
